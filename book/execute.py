@@ -1,0 +1,200 @@
+"""Execute every notebook once per change: alone, in an empty folder, against the built wheel.
+
+Each notebook is copied to ``build/notebooks/NN_topic/`` and run there by nbmake, with the wheel
+unpacked in ``build/site`` first on the path. That is what a reader on Colab gets: no file beside
+the notebook and no source tree. A copy that ran to its end moves to ``build/executed/``, with a
+record of its seconds and of a hash of everything it was made from; while the hash stays the same
+the notebook is not run again, neither for the tests nor for the book.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build"
+SITE = BUILD / "site"
+EXECUTED = BUILD / "executed"
+
+# Runs in the kernel after the notebook's first code cell; it leaves no trace in the copy.
+ASSERT_WHEEL = """
+import pathlib as _p, reglib as _r
+assert _p.Path(_r.__file__).is_relative_to({site!r}), "not the built wheel: " + _r.__file__
+del _p, _r
+"""
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file of a folder that is not a by-product, in a fixed order."""
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    )
+
+
+def digest(paths: list[Path], *words: str) -> str:
+    """Hash the names and contents of files, and a few words beside them."""
+    state = hashlib.sha256()
+    for path in paths:
+        state.update(f"{path.relative_to(ROOT)}\0{path.stat().st_size}\0".encode())
+        state.update(path.read_bytes())
+    for word in words:
+        state.update(f"\0{word}".encode())
+    return state.hexdigest()
+
+
+def library_digest() -> str:
+    """Hash of what a notebook runs on: the library, the pinned versions, the Python."""
+    return digest(
+        [
+            *files_below(ROOT / "reglib"),
+            *files_below(ROOT / "results"),
+            ROOT / "pyproject.toml",
+            ROOT / "constraints.txt",
+            ROOT / "book" / "execute.py",
+        ],
+        sys.version,
+    )
+
+
+def build_wheel(library: str) -> None:
+    """Build the wheel and unpack it into ``build/site``, unless the one there is of this state."""
+    stamp = SITE / ".digest"
+    if stamp.is_file() and stamp.read_text() == library:
+        return
+    print("building the wheel", flush=True)
+    wheels = BUILD / "wheel"
+    for folder in (wheels, SITE):
+        shutil.rmtree(folder, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    local = ["--no-deps", "--no-index"]
+    subprocess.run(
+        [*pip, "wheel", str(ROOT), *local, "--no-build-isolation", "--wheel-dir", str(wheels)],
+        check=True,
+    )
+    [wheel] = wheels.glob("reglib-*.whl")
+    subprocess.run([*pip, "install", *local, "--target", str(SITE), str(wheel)], check=True)
+    stamp.write_text(library)
+
+
+def kernel_environment() -> dict[str, str]:
+    """The environment of a notebook: the wheel first, no settings of the person who runs make."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        # The kernel chooses its own plotting backend, and a user's IPython start-up stays out.
+        if name not in ("MPLBACKEND", "PYTHONPATH")
+    }
+    environment["PYTHONPATH"] = str(SITE)
+    environment["IPYTHONDIR"] = str(BUILD / "ipython")
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    return environment
+
+
+def first_code_cell(notebook: dict[str, Any]) -> dict[str, Any]:
+    """The set-up cell."""
+    return next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+
+
+def execute(source: Path, timeout: float) -> tuple[float, str | None]:
+    """Run one notebook; return its seconds and, where it failed, what it printed."""
+    folder = BUILD / "notebooks" / source.stem
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    copy = folder / source.name
+    notebook = json.loads(source.read_text(encoding="utf-8"))
+    nbmake = first_code_cell(notebook)["metadata"].setdefault("nbmake", {})
+    nbmake.setdefault("post_cell_execute", []).append(ASSERT_WHEEL.format(site=str(SITE)))
+    copy.write_text(json.dumps(notebook), encoding="utf-8")
+
+    command = [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
+    # The settings of our own suite do not apply to a notebook.
+    command += ["-c", os.devnull, "--rootdir", str(folder)]
+    command += ["--nbmake", "--overwrite", "--nbmake-kernel=python3"]
+    command += [f"--nbmake-timeout={int(timeout)}", str(copy)]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=kernel_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+        failure = None if process.returncode == 0 else output
+    except subprocess.TimeoutExpired:
+        failure = f"stopped: it took longer than {timeout:.0f} s (make NOTEBOOK_TIMEOUT=...)"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    seconds = time.perf_counter() - start
+
+    if failure is None:
+        executed = json.loads(copy.read_text(encoding="utf-8"))
+        nbmake = first_code_cell(executed)["metadata"]["nbmake"]
+        nbmake["post_cell_execute"].pop()
+        copy.write_text(json.dumps(executed), encoding="utf-8")
+    return seconds, failure
+
+
+def publish(copy: Path, record: dict[str, Any]) -> None:
+    """Move an executed copy to ``build/executed``; its record, written last, makes it valid."""
+    EXECUTED.mkdir(parents=True, exist_ok=True)
+    os.replace(copy, EXECUTED / copy.name)
+    part = EXECUTED / f"{copy.stem}.part"
+    part.write_text(json.dumps(record, indent=1))
+    os.replace(part, EXECUTED / f"{copy.stem}.json")
+
+
+def main() -> int:
+    """Execute what has changed, print one line per notebook, and exit 1 if any failed."""
+    timeout = float(os.environ.get("NOTEBOOK_TIMEOUT", "600"))
+    sources = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    if not sources:
+        print("notebooks/ holds no notebook", file=sys.stderr)
+        return 1
+    library = library_digest()
+    build_wheel(library)
+    width = max(len(source.stem) for source in sources)
+    total, ran, failed = 0.0, 0, []
+    for number, source in enumerate(sources, 1):
+        name = f"[{number}/{len(sources)}] {source.stem:<{width}}"
+        state = digest([source], library)
+        record_file = EXECUTED / f"{source.stem}.json"
+        record = json.loads(record_file.read_text()) if record_file.is_file() else {}
+        if record.get("digest") == state:
+            print(f"{name}  unchanged ({record['seconds']:.1f} s when executed)", flush=True)
+            continue
+        last = f", last time {record['seconds']:.0f} s" if record else ""
+        print(f"{name}  executing{last} ...", flush=True)
+        record_file.unlink(missing_ok=True)
+        seconds, failure = execute(source, timeout)
+        total, ran = total + seconds, ran + 1
+        if failure is None:
+            copy = BUILD / "notebooks" / source.stem / source.name
+            publish(copy, {"digest": state, "seconds": seconds, "finished": time.time()})
+            print(f"{name}  passed  {seconds:6.1f} s", flush=True)
+        else:
+            failed.append(source.stem)
+            print(f"{name}  FAILED  {seconds:6.1f} s\n{failure}", flush=True)
+    print(f"notebooks: {ran} executed in {total:.1f} s, {len(sources) - ran} unchanged", flush=True)
+    if failed:
+        print(f"notebooks: failed: {', '.join(failed)}", file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

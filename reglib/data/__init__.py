@@ -1,0 +1,1 @@
+"""Data: samples that travel with the package, and the full sets they are taken from."""

@@ -1,0 +1,1 @@
+"""Functions on tensors: grids, sampling, fields, derivatives, smoothing."""

@@ -1,0 +1,512 @@
+"""GeoReg: registration as a geometric learning task on feature points that move in space.
+
+Sideri-Lampretsa et al., "Interpretable deformable image registration: a geometric deep learning
+perspective", arXiv:2412.13294. Equation numbers below are the paper's.
+
+Each image becomes a pyramid of feature points by an encoder that never sees the other image. From
+coarse to fine, every point of the fixed grid looks at the moving features around phi(x) by an
+attention that knows their relative positions, and moves on. Between levels only displacements
+travel. Written for 2-D and 3-D alike; where it departs from the paper or its code:
+
+- Queries sit on the *fixed* grid and neighbourhoods are gathered from the *moving* features, so
+  that features and field mean the same thing (the paper's words are the other way round, while
+  its loss samples the moving image as we do).
+- Relative positions are in voxels of the level, so a network does not depend on the image size.
+- What a level inherits are displacements, extrapolated linearly at the border.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reglib.checks import (
+    check_finite,
+    check_image,
+    check_positive_int,
+    check_same_shape,
+)
+from reglib.geometry.fields import upsample_field
+from reglib.geometry.grid import identity_grid, sample
+from reglib.geometry.sampling import transform_grid, warp
+from reglib.geometry.smoothing import pool, pyramid
+from reglib.objectives.regularity import bending
+from reglib.objectives.similarity import ncc
+from reglib.training import load_weights, save_weights
+
+#: The network trained by ``data_scripts/georeg_mnist.py``, relative to this folder.
+WEIGHTS = "weights/georeg_mnist.safetensors"
+
+
+class Stage(NamedTuple):
+    """One intermediate transformation, in voxels of its own level."""
+
+    level: int  #: 0 is the finest; a level is pooled by ``2**level``
+    iteration: int  #: 0 for the interpolated field a level starts from, then 1, 2, ...
+    field: Tensor  #: displacement ``(B, D, *S_level)``
+
+    @property
+    def name(self) -> str:
+        """What figures call it, such as ``"level 1, refined 2"``."""
+        step = f"refined {self.iteration}" if self.iteration else "interpolated"
+        return f"level {self.level}, {step}"
+
+
+class Output(NamedTuple):
+    """What GeoReg returns: the final field, and every field on the way to it in order."""
+
+    field: Tensor  #: displacement ``(B, D, *S)`` on the fixed grid, in voxels
+    stages: tuple[Stage, ...]
+
+
+def _double_conv(dimensions: int, inputs: int, outputs: int) -> nn.Sequential:
+    conv = nn.Conv2d if dimensions == 2 else nn.Conv3d
+    hidden = max(inputs, outputs)
+    return nn.Sequential(
+        conv(inputs, hidden, 3, padding=1),
+        nn.ReLU(),
+        conv(hidden, outputs, 3, padding=1),
+        nn.ReLU(),
+    )
+
+
+class Encoder(nn.Module):
+    """Feature pyramid of one image: two double convolutions a level, the second residual."""
+
+    def __init__(self, dimensions: int, inputs: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.first, self.second = nn.ModuleList(), nn.ModuleList()
+        for outputs in channels:
+            self.first.append(_double_conv(dimensions, inputs, outputs))
+            self.second.append(_double_conv(dimensions, outputs, outputs))
+            inputs = outputs
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """``(B, C, *S)`` -> features ``(B, channels[l], *S_l)``, finest first."""
+        features: list[Tensor] = []
+        for first, second in zip(self.first, self.second, strict=True):
+            x = first(pool(features[-1], 2) if features else image)
+            features.append(x + second(x))
+        return features
+
+
+class FourierFeatures(nn.Module):
+    """gamma(r) = [sin 2 pi r B, cos 2 pi r B] with a fixed random matrix B.
+
+    Tancik et al., NeurIPS 2020, arXiv:2006.10739.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dimensions: int, channels: int, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", scale * torch.randn(dimensions, channels // 2))
+
+    def forward(self, r: Tensor) -> Tensor:
+        """Relative positions ``(..., D)`` in voxels of the level -> ``(..., channels)``."""
+        angle = 2 * math.pi * (r @ self.frequencies)
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class NeighbourAttention(nn.Module):
+    """Position-aware cross-attention and the head that turns it into a displacement (4 to 7).
+
+    q_i = W_Q f_i, k_ij = W_K (f_j + gamma(r_ij)), v_ij = W_V (f_j + gamma(r_ij)),
+    d_i = head(sum_j softmax_j(q_i . k_ij / sqrt(C)) v_ij). Keys and values are never formed per
+    neighbour: q . W_K x = (W_K^T q) . x, and the sum over j goes before W_V.
+    """
+
+    def __init__(self, dimensions: int, channels: int, fourier_scale: float) -> None:
+        super().__init__()
+        self.position = FourierFeatures(dimensions, channels, fourier_scale)
+        self.query = nn.Linear(channels, channels)
+        # A key bias would add the same number to every logit of a point: it has no effect.
+        self.key = nn.Linear(channels, channels, bias=False)
+        self.value = nn.Linear(channels, channels)
+        self.norm_attention = nn.LayerNorm(channels)
+        self.mix = nn.Sequential(
+            nn.Linear(channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, channels)
+        )
+        self.norm_mix = nn.LayerNorm(channels)
+        displacement = nn.Linear(2 * channels, dimensions, bias=False)
+        nn.init.xavier_uniform_(displacement.weight, gain=0.01)  # starts near the identity
+        self.head = nn.Sequential(nn.Linear(channels, 2 * channels), nn.ReLU(), displacement)
+
+    def attend(
+        self, points: Tensor, neighbours: Tensor, relative: Tensor, inside: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attention weights ``(B, P, K)`` and the attended values ``(B, P, C)``.
+
+        Args:
+            points: features of the asking points ``(B, P, C)``.
+            neighbours: features of their neighbours ``(B, P, K, C)``.
+            relative: positions of the neighbours relative to the points ``(B, P, K, D)``.
+            inside: ``(B, P, K)``, False for neighbours beyond the border, which get weight 0.
+        """
+        x = neighbours + self.position(relative)
+        q = self.query(points) @ self.key.weight / math.sqrt(points.shape[-1])
+        # Products and sums: a batched matrix product of such small blocks takes twice the time.
+        logits = (x * q.unsqueeze(-2)).sum(-1)
+        weights = logits.masked_fill(~inside, -math.inf).softmax(-1)
+        return weights, self.value((weights.unsqueeze(-1) * x).sum(-2))
+
+    def forward(
+        self, points: Tensor, neighbours: Tensor, relative: Tensor, inside: Tensor
+    ) -> Tensor:
+        """Displacements ``(B, P, D)``; arguments as :meth:`attend`."""
+        h = self.norm_attention(points + self.attend(points, neighbours, relative, inside)[1])
+        return self.head(self.norm_mix(h + self.mix(h)))
+
+
+def _offsets(size: int, dimensions: int, like: Tensor) -> Tensor:
+    """``(size**D, D)``: 0, 1 along each axis for size 2; -1, 0, 1 for size 3; -1 to 2 for 4."""
+    reach = torch.arange(size, dtype=like.dtype, device=like.device) - (size - 1) // 2
+    return torch.cartesian_prod(*(reach,) * dimensions).view(-1, dimensions)
+
+
+def neighbourhood(centre: Tensor, size: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``size**D`` grid nodes nearest to each point.
+
+    Odd sizes surround the nearest node, even sizes the cell that encloses the point. A point
+    outside the grid is given the neighbourhood of the nearest place inside.
+
+    Args:
+        centre: points ``(B, P, D)`` in voxels of the grid.
+        size: nodes along each axis.
+        shape: spatial shape of the grid.
+
+    Returns:
+        Positions of the nodes ``(B, P, K, D)``, their flat indices ``(B, P, K)`` (0 where there is
+        no node), and whether they lie inside the grid ``(B, P, K)``.
+    """
+    last = torch.tensor([n - 1 for n in shape], dtype=centre.dtype, device=centre.device)
+    start = centre.round() if size % 2 else centre.floor()
+    start = start.clamp(min=torch.zeros_like(last), max=last)
+    nodes = start.unsqueeze(-2) + _offsets(size, len(shape), centre)
+    inside = ((nodes >= 0) & (nodes <= last)).all(-1)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    stride = torch.tensor(strides, dtype=torch.long, device=centre.device)
+    return nodes, (nodes.long() * stride).sum(-1) * inside, inside
+
+
+def _gather(values: Tensor, index: Tensor) -> Tensor:
+    """Rows ``(B, P, K, C)`` of points ``(B, N, C)`` at flat indices ``(B, P, K)``."""
+    batch, count, channels = values.shape
+    first = torch.arange(batch, device=index.device).view(-1, 1, 1) * count
+    return F.embedding(index + first, values.reshape(batch * count, channels))
+
+
+def _points(grid: Tensor) -> Tensor:
+    """``(B, C, *S)`` -> ``(B, P, C)``."""
+    return grid.flatten(2).transpose(1, 2)
+
+
+def _grid(points: Tensor, shape: Sequence[int]) -> Tensor:
+    """``(B, P, C)`` -> ``(B, C, *S)``."""
+    return points.transpose(1, 2).reshape(points.shape[0], points.shape[2], *shape)
+
+
+class Refinement(nn.Module):
+    """tau: moves every point of the fixed grid by what it sees around phi(x) (2, 4 to 7).
+
+    With ``warp_features`` the moving features are resampled to a grid around phi(x) instead of
+    being looked at where they are: what the paper argues against, for comparison.
+    """
+
+    def __init__(
+        self,
+        dimensions: int,
+        channels: int,
+        size: int,
+        fourier_scale: float,
+        *,
+        warp_features: bool = False,
+    ) -> None:
+        super().__init__()
+        self.size, self.warp_features = size, warp_features
+        self.attention = NeighbourAttention(dimensions, channels, fourier_scale)
+
+    def look(self, moving: Tensor, field: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The moving features around phi(x): features, relative positions, inside."""
+        shape = field.shape[2:]
+        centre = _points(transform_grid(field))
+        if self.warp_features:
+            offsets = _offsets(self.size, len(shape), centre)
+            relative = offsets.expand(*centre.shape[:2], *offsets.shape)
+            place = (centre.unsqueeze(-2) + offsets).movedim(-1, 1)
+            place = place.reshape(*place.shape, *(1,) * (field.ndim - place.ndim))
+            seen = sample(moving, place).flatten(3).movedim(1, -1)
+            return seen, relative, torch.ones_like(relative[..., 0], dtype=torch.bool)
+        nodes, index, inside = neighbourhood(centre, self.size, shape)
+        # A point that has left the image sees what it would see from the border.
+        reach = float(self.size)
+        relative = (nodes - centre.unsqueeze(-2)).clamp(-reach, reach)
+        return _gather(_points(moving), index), relative, inside
+
+    def forward(self, fixed: Tensor, moving: Tensor, field: Tensor) -> Tensor:
+        """Features ``(B, C, *S_l)`` of both images and the field so far -> the next field."""
+        step = self.attention(_points(fixed), *self.look(moving, field))
+        return field + _grid(step, field.shape[2:])
+
+
+class Interpolation(nn.Module):
+    """delta: the field of a coarse level on the next finer grid, corrected by attention.
+
+    Inherits the displacement by linear interpolation; then each child attends to the parents
+    around it, embedded by where they have moved relative to it, and corrects what it inherited.
+    Sharp boundaries can so be kept where a linear rule would blur them.
+    """
+
+    def __init__(
+        self, dimensions: int, parents: int, children: int, size: int, fourier_scale: float
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.match = nn.Linear(parents, children)
+        self.attention = NeighbourAttention(dimensions, children, fourier_scale)
+
+    def forward(self, children: Tensor, parents: Tensor, field: Tensor) -> Tensor:
+        """Features of the fixed image at both levels and the coarse field -> the fine field."""
+        shape, coarse = children.shape[2:], field.shape[2:]
+        inherited = upsample_field(field, 2, shape)
+        rest = identity_grid(shape, dtype=field.dtype, device=field.device)
+        # Positions in voxels of the coarse level: child i sits at (i - 1/2) / 2.
+        child = _points((rest - 0.5) / 2).expand(field.shape[0], -1, -1)
+        nodes, index, inside = neighbourhood(child, self.size, coarse)
+        moved = nodes + _gather(_points(field), index)
+        relative = moved - (child + _points(inherited) / 2).unsqueeze(-2)
+        features = _gather(self.match(_points(parents)), index)
+        step = self.attention(_points(children), features, relative, inside)
+        return inherited + _grid(step, shape)
+
+
+class GeoReg(nn.Module):
+    """Coarse-to-fine registration network on continuous coordinates.
+
+    Args:
+        dimensions: 2 or 3 spatial axes.
+        inputs: channels of each image.
+        channels: of the encoder, finest level first; their number is the number of levels. Even.
+        neighbourhoods: nodes along each axis that a point looks at, finest level first; 0 skips
+            the refinement of a level (interpolation only), which the coarsest cannot do.
+        iterations: refinements of each level with shared weights, finest level first.
+        interpolation: parents along each axis for the learned interpolation; 0 makes it linear.
+        fourier_scale: standard deviation of the Fourier frequencies, in cycles per voxel.
+        warp_features: resample the moving features at phi(x) instead of attending to them where
+            they are (for the ablation).
+
+    Raises:
+        TypeError, ValueError: if the settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        dimensions: int = 2,
+        inputs: int = 1,
+        channels: Sequence[int] = (16, 32, 64),
+        neighbourhoods: Sequence[int] = (3, 3, 3),
+        iterations: Sequence[int] = (1, 2, 2),
+        interpolation: int = 2,
+        fourier_scale: float = 0.15,
+        warp_features: bool = False,
+    ) -> None:
+        super().__init__()
+        if dimensions not in (2, 3):
+            raise ValueError(f"dimensions: wanted 2 or 3, got {dimensions!r}")
+        check_positive_int(inputs, "inputs")
+        if not channels or any(c < 2 or c % 2 for c in channels):
+            raise ValueError(f"channels: wanted even numbers, one per level, got {channels!r}")
+        for name, values in (("neighbourhoods", neighbourhoods), ("iterations", iterations)):
+            if len(values) != len(channels) or any(v < 0 for v in values):
+                raise ValueError(
+                    f"{name}: wanted {len(channels)} numbers, one per level, got {values!r}"
+                )
+        if neighbourhoods[-1] < 1 or any(
+            i < 1 for i, k in zip(iterations, neighbourhoods, strict=True) if k
+        ):
+            raise ValueError(
+                "neighbourhoods, iterations: wanted at least one refinement at the coarsest level "
+                f"and wherever a neighbourhood is set, got {neighbourhoods!r} and {iterations!r}"
+            )
+        if interpolation < 0:
+            raise ValueError(f"interpolation: wanted 0 or more parents, got {interpolation!r}")
+        #: The arguments, to build the same network again.
+        self.settings = {
+            "dimensions": dimensions,
+            "inputs": inputs,
+            "channels": list(channels),
+            "neighbourhoods": list(neighbourhoods),
+            "iterations": list(iterations),
+            "interpolation": interpolation,
+            "fourier_scale": fourier_scale,
+            "warp_features": warp_features,
+        }
+        self.dimensions, self.inputs, self.iterations = dimensions, inputs, tuple(iterations)
+        self.encoder = Encoder(dimensions, inputs, channels)
+        self.refinements = nn.ModuleList(
+            Refinement(dimensions, c, k, fourier_scale, warp_features=warp_features)
+            if k
+            else nn.Identity()
+            for c, k in zip(channels, neighbourhoods, strict=True)
+        )
+        self.interpolations = nn.ModuleList(
+            Interpolation(dimensions, coarse, fine, interpolation, fourier_scale)
+            for fine, coarse in itertools.pairwise(channels)
+            if interpolation
+        )
+
+    @property
+    def size_multiple(self) -> int:
+        """Every spatial size must be a multiple of this."""
+        return 2 ** (len(self.refinements) - 1)
+
+    def check(self, image: Tensor, name: str) -> None:
+        """Raise unless the network can take ``image`` ``(B, inputs, *S)``."""
+        check_image(image, name)
+        if image.ndim - 2 != self.dimensions or image.shape[1] != self.inputs:
+            raise ValueError(
+                f"{name}: wanted (B, {self.inputs}, *S) with {self.dimensions} spatial axes, "
+                f"got {tuple(image.shape)}"
+            )
+        if any(n % self.size_multiple for n in image.shape[2:]):
+            raise ValueError(
+                f"{name}: wanted sizes that are multiples of {self.size_multiple}, "
+                f"got {tuple(image.shape[2:])}"
+            )
+        check_finite(image, name)
+
+    def forward(self, moving: Tensor, fixed: Tensor) -> Output:
+        """Register each moving image to its fixed one.
+
+        Args:
+            moving: ``(B, inputs, *S)``, floating point, sizes multiples of ``size_multiple``.
+            fixed: of the same shape.
+
+        Returns:
+            The field on the fixed grid, and every intermediate field by level and iteration.
+
+        Raises:
+            TypeError, ValueError: if an image is not what the network can take.
+        """
+        self.check(moving, "moving")
+        self.check(fixed, "fixed")
+        check_same_shape(moving, fixed, ("moving", "fixed"))
+        both = self.encoder(torch.cat([moving, fixed]))
+        features = [level.chunk(2) for level in both]  # (moving, fixed), finest first
+        coarsest = features[-1][1]
+        # Coordinates stay in float32 under autocast.
+        field = torch.zeros_like(coarsest[:, : self.dimensions], dtype=moving.dtype)
+        stages: list[Stage] = []
+        for level in reversed(range(len(features))):
+            moving_features, fixed_features = features[level]
+            if level < len(features) - 1:
+                if len(self.interpolations):
+                    delta = self.interpolations[level]
+                    field = delta(fixed_features, features[level + 1][1], field)
+                else:
+                    field = upsample_field(field, 2, fixed_features.shape[2:])
+                stages.append(Stage(level, 0, field))
+            tau = self.refinements[level]
+            if isinstance(tau, Refinement):
+                for iteration in range(1, self.iterations[level] + 1):
+                    field = tau(fixed_features, moving_features, field)
+                    stages.append(Stage(level, iteration, field))
+        return Output(field, tuple(stages))
+
+
+def objective(
+    output: Output,
+    moving: Tensor,
+    fixed: Tensor,
+    *,
+    similarity: Callable[[Tensor, Tensor], Tensor] = ncc,
+    regularity: Callable[[Tensor], Tensor] = bending,
+    regularity_weight: Sequence[float] | float = 1.0,
+    deep_supervision: bool = True,
+) -> dict[str, Tensor]:
+    """Supervise every iterate of every level and every interpolated field (8 to 10).
+
+    The images are pooled to the level of each field.
+
+    Args:
+        output: what :class:`GeoReg` returned.
+        moving: ``(B, C, *S)``.
+        fixed: of the same shape.
+        similarity: of (warped, fixed) -> scalar, lower is better.
+        regularity: of a field in voxels of its level -> scalar.
+        regularity_weight: one for all levels, or one per level, finest first.
+        deep_supervision: ``False`` looks at the final field only (the control of the ablation).
+
+    Returns:
+        Terms ``"similarity"`` and ``"regularity"``, each summed over the supervised fields.
+    """
+    levels = max(stage.level for stage in output.stages) + 1
+    movings, fixeds = pyramid(moving, levels), pyramid(fixed, levels)
+    weights = (
+        (regularity_weight,) * levels
+        if isinstance(regularity_weight, int | float)
+        else tuple(regularity_weight)
+    )
+    if len(weights) != levels:
+        raise ValueError(f"regularity_weight: wanted {levels} numbers, got {weights}")
+    stages = output.stages if deep_supervision else output.stages[-1:]
+    terms: dict[str, list[Tensor]] = {"similarity": [], "regularity": []}
+    for level, _, field in stages:
+        terms["similarity"].append(similarity(warp(movings[level], field), fixeds[level]))
+        terms["regularity"].append(weights[level] * regularity(field))
+    return {name: torch.stack(values).sum() for name, values in terms.items()}
+
+
+def to_full_resolution(stage: Stage, shape: Sequence[int]) -> Tensor:
+    """A stage's field, interpolated linearly to the grid of the images: ``(B, D, *S)`` voxels."""
+    return upsample_field(stage.field, 2**stage.level, shape)
+
+
+def save(network: GeoReg, path: str | Path, *, card: Mapping[str, object]) -> None:
+    """Write weights and settings as one safetensors file.
+
+    Args:
+        network: the network.
+        path: file to write; an existing one is replaced, and never half-written.
+        card: what users of the weights must know (data, intensity range, training), JSON values.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    save_weights(network, path, {"method": "georeg", "settings": network.settings, **card})
+
+
+def load(path: str | Path) -> tuple[GeoReg, dict[str, Any]]:
+    """Read a network written by :func:`save`, and its card.
+
+    Args:
+        path: a safetensors file.
+
+    Returns:
+        The network in evaluation mode, on the CPU, and everything the file says about it.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no safetensors file, or does not hold a GeoReg network.
+    """
+    state, card = load_weights(path)
+    if card.get("method") != "georeg":
+        raise ValueError(f"path: wanted weights of method 'georeg', got {card.get('method')!r}")
+    network = GeoReg(**card["settings"])
+    network.load_state_dict(state)
+    return network.eval(), card
+
+
+def load_pretrained() -> tuple[GeoReg, dict[str, Any]]:
+    """The 2-D network trained on MNIST that travels with the package, and its card."""
+    with resources.as_file(resources.files("reglib.methods") / WEIGHTS) as path:
+        return load(path)

@@ -1,0 +1,234 @@
+"""Algebra of fields: composition, the exponential, steps between grids."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from reglib.geometry.fields import (
+    compose,
+    downsample_field,
+    integrate,
+    resize_field_corners,
+    upsample_field,
+)
+from reglib.geometry.grid import identity_grid
+from reglib.geometry.sampling import warp, warp_points
+
+SHAPES = [(40, 36), (20, 24, 22)]
+
+
+def smooth_field(shape, largest, *, sigma=4.0, seed=0, batch=1, tapered=False):
+    """White noise smoothed to ``sigma`` voxels, its longest vector ``largest`` voxels long."""
+    noise = np.random.default_rng(seed).standard_normal((batch, len(shape), *shape))
+    u = ndimage.gaussian_filter(noise, (0, 0, *(sigma,) * len(shape)))
+    if tapered:
+        for axis, n in enumerate(shape):
+            window = np.sin(np.pi * np.arange(n) / (n - 1)) ** 2
+            u = u * window.reshape(-1, *(1,) * (len(shape) - axis - 1))
+    length = np.sqrt((u**2).sum(1, keepdims=True))
+    return torch.from_numpy(u * largest / length.max(tuple(range(1, u.ndim)), keepdims=True))
+
+
+def affine_field(shape, matrix, offset):
+    x = identity_grid(shape, dtype=torch.float64)
+    d = len(shape)
+    return torch.einsum("ij,bj...->bi...", matrix, x) + offset.view(1, d, *(1,) * d)
+
+
+def random_affine(shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    d = len(shape)
+    matrix = 0.4 * torch.rand(d, d, generator=generator, dtype=torch.float64) - 0.2
+    return matrix, torch.rand(d, generator=generator, dtype=torch.float64)
+
+
+def runge_kutta(velocity, steps=400):
+    """Follow the linearly interpolated, border-clamped velocity from every voxel for unit time."""
+    start = np.indices(velocity.shape[1:]).astype(float)
+
+    def v(x):
+        return np.stack([ndimage.map_coordinates(c, x, order=1, mode="nearest") for c in velocity])
+
+    x, h = start.copy(), 1 / steps
+    for _ in range(steps):
+        k1 = v(x)
+        k2 = v(x + h / 2 * k1)
+        k3 = v(x + h / 2 * k2)
+        k4 = v(x + h * k3)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x - start
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_integrate_follows_the_flow_border_included(shape):
+    """0.02 voxel: what seven squarings lose by interpolating, for |v| <= 2 and sigma >= 4."""
+    velocity = smooth_field(shape, 2.0)
+    expected = runge_kutta(velocity[0].numpy())
+    assert np.abs(expected - velocity[0].numpy()).max() > 0.1
+    np.testing.assert_allclose(integrate(velocity)[0].numpy(), expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_more_squarings_change_little(shape):
+    velocity = smooth_field(shape, 3.0, tapered=True)
+    torch.testing.assert_close(
+        integrate(velocity), integrate(velocity, steps=10), rtol=0, atol=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "largest", "tolerance"),
+    [((64, 60), 1, 0.02), ((64, 60), 3, 0.08), ((24, 26, 22), 1, 0.03), ((24, 26, 22), 3, 0.15)],
+)
+def test_exp_of_minus_v_undoes_exp_of_v(shape, largest, tolerance):
+    """Interpolating the field costs this much: on 24^3, exact flows already miss by 0.09 voxel."""
+    velocity = smooth_field(shape, largest, batch=2, tapered=True)
+    there, back = integrate(velocity), integrate(-velocity)
+    for around in (compose(there, back), compose(back, there)):
+        torch.testing.assert_close(around, torch.zeros_like(around), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_a_constant_velocity_is_a_translation(batch, dtype):
+    vector = torch.tensor([1.5, -2.25, 0.5], dtype=dtype).view(1, 3, 1, 1, 1)
+    velocity = vector.expand(batch, 3, 5, 6, 4)
+    out = integrate(velocity)
+    assert out.dtype == dtype
+    # Weights of the interpolation add up to 1 but for single-precision rounding.
+    torch.testing.assert_close(out, velocity, rtol=0, atol=1e-5)
+
+
+def test_squarings_are_not_rounded_to_half_precision():
+    velocity = smooth_field((40, 36), 2.0).to(torch.bfloat16)
+    exact = integrate(velocity.double())
+    # bfloat16 keeps 8 bits: one rounding of at most 2 voxels is 0.004, seven would add up.
+    torch.testing.assert_close(integrate(velocity).double(), exact, rtol=0, atol=0.005)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compose_with_the_identity(shape):
+    u = smooth_field(shape, 3.0, batch=2)
+    still = torch.zeros_like(u)
+    torch.testing.assert_close(compose(u, still), u, rtol=0, atol=1e-12)
+    torch.testing.assert_close(compose(still, u), u, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_translations_add_up(shape):
+    a = torch.ones(2, len(shape), *shape, dtype=torch.float64)
+    torch.testing.assert_close(compose(3.5 * a, -1.25 * a), 2.25 * a, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compose_of_affine_maps_is_their_matrix_product(shape):
+    """phi_a phi_b x = (I + A)((I + B) x + b) + a, which does not commute."""
+    eye = torch.eye(len(shape), dtype=torch.float64)
+    (ma, ta), (mb, tb) = random_affine(shape, 1), random_affine(shape, 2)
+    # About the centre and small, so that half the grid stays inside.
+    centre = torch.tensor([(n - 1) / 2 for n in shape], dtype=torch.float64)
+    ta, tb = ta - ma @ centre, tb - mb @ centre
+    a, b = affine_field(shape, ma, ta), affine_field(shape, mb, tb)
+    expected = affine_field(shape, (eye + ma) @ (eye + mb) - eye, (eye + ma) @ tb + ta)
+    inside = (..., *(slice(n // 4, n - n // 4) for n in shape))
+    torch.testing.assert_close(compose(a, b)[inside], expected[inside], rtol=0, atol=1e-10)
+    assert (compose(b, a)[inside] - expected[inside]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_warping_by_the_composition_is_warping_twice(shape):
+    """I(phi_a(phi_b(x))): first warp by a, then by b. On a ramp interpolation is exact."""
+    a = smooth_field(shape, 2.0, seed=1, tapered=True)
+    b = smooth_field(shape, 2.0, seed=2, tapered=True)
+    slope = torch.tensor([1.0, -2.0, 0.5][: len(shape)], dtype=torch.float64)
+    ramp = affine_field(shape, slope.expand(len(shape), -1), torch.zeros(len(shape)))[:, :1]
+    inside = (..., *(slice(3, -3),) * len(shape))
+    once = warp(ramp, compose(a, b))
+    torch.testing.assert_close(once[inside], warp(warp(ramp, a), b)[inside], rtol=0, atol=1e-10)
+    assert (once - warp(warp(ramp, b), a))[inside].abs().max() > 0.05
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_points_travel_through_b_then_a(shape):
+    a = smooth_field(shape, 2.0, seed=1, tapered=True)
+    b = smooth_field(shape, 2.0, seed=2, tapered=True)
+    voxels = torch.randint(4, 16, (1, 9, len(shape)), generator=torch.Generator().manual_seed(0))
+    points = voxels.double()
+    torch.testing.assert_close(
+        warp_points(points, compose(a, b)), warp_points(warp_points(points, b), a)
+    )
+
+
+@pytest.mark.parametrize(("largest", "tolerance"), [(1, 0.02), (3, 0.1)])
+@pytest.mark.parametrize("shape", [(64, 60), (24, 26, 22)], ids=str)
+def test_composition_is_associative_but_for_interpolation(shape, largest, tolerance):
+    a, b, c = (smooth_field(shape, largest, seed=s, tapered=True) for s in (1, 2, 3))
+    torch.testing.assert_close(
+        compose(compose(a, b), c), compose(a, compose(b, c)), rtol=0, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("factor", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(16, 24), (17, 9), (11, 13, 8), (5, 6, 7)], ids=str)
+def test_linear_fields_survive_down_and_up(shape, factor, dtype):
+    u = affine_field(shape, *random_affine(shape)).to(dtype).expand(3, -1, *(-1,) * len(shape))
+    coarse = downsample_field(u, factor)
+    assert coarse.shape[2:] == torch.Size(-(-n // factor) for n in shape)
+    torch.testing.assert_close(upsample_field(coarse, factor, shape), u, rtol=0, atol=1e-5)
+
+
+def test_a_level_of_one_voxel_carries_a_translation():
+    u = torch.full((1, 2, 3, 4), 1.5)
+    coarse = downsample_field(u, 4)
+    assert coarse.shape == (1, 2, 1, 1)
+    assert coarse.eq(1.5 / 4).all()
+    assert upsample_field(coarse, 4, (3, 4)).equal(u)
+
+
+def test_an_axis_of_one_voxel_stays():
+    u = affine_field((1, 9), *random_affine((1, 9)))
+    torch.testing.assert_close(upsample_field(downsample_field(u, 2), 2, (1, 9)), u)
+    torch.testing.assert_close(resize_field_corners(u, (1, 17))[..., ::2], u * corners((1, 2)))
+
+
+def corners(scale):
+    return torch.tensor(scale, dtype=torch.float64).view(1, -1, *(1,) * len(scale))
+
+
+@pytest.mark.parametrize(
+    ("shape", "new"), [((5, 9), (9, 17)), ((5, 9), (3, 4)), ((4, 6, 5), (7, 3, 11))], ids=str
+)
+def test_corner_to_corner_resizing(shape, new):
+    """Corner voxels coincide, vectors scale by (N' - 1) / (N - 1); SciPy's zoom does the same."""
+    u = torch.from_numpy(np.random.default_rng(0).random((2, len(shape), *shape)))
+    ours = resize_field_corners(u, new)
+    scale = [(m - 1) / (n - 1) for n, m in zip(shape, new, strict=True)]
+    zoom = (1, 1, *(m / n for n, m in zip(shape, new, strict=True)))
+    expected = torch.from_numpy(ndimage.zoom(u.numpy(), zoom, order=1)) * corners(scale)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+    # phi of the corner is the corner of the new grid plus the vector in its own voxels.
+    last = (..., *(-1,) * len(shape))
+    torch.testing.assert_close(ours[last], u[last] * torch.tensor(scale, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 6, 5)], ids=str)
+def test_gradients_with_respect_to_every_field(shape):
+    """Fractions in [0.2, 0.8]: every voxel looks at the middle of a cell inside the grid."""
+    rng = np.random.default_rng(0)
+    size = np.array(shape).reshape(-1, *(1,) * len(shape))
+    whole = rng.integers(0, size - 1, (2, len(shape), *shape))
+    b = torch.from_numpy(whole + rng.uniform(0.2, 0.8, whole.shape) - np.indices(shape))
+    a = torch.from_numpy(rng.random((2, len(shape), *shape))).requires_grad_()
+    b.requires_grad_()
+    small = torch.full_like(a, 0.02).requires_grad_()
+    double = [2 * n - 1 for n in shape]
+    assert torch.autograd.gradcheck(compose, (a, b), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda u: downsample_field(u, 2), (a,), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda u: upsample_field(u, 2, double), (a,), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda u: resize_field_corners(u, double), (a,), fast_mode=True)
+    # One squaring of a nearly constant velocity: no sample comes near a voxel.
+    assert torch.autograd.gradcheck(
+        lambda v: integrate(0.4 + v * 0.1, steps=1), (small,), fast_mode=True
+    )
