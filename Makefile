@@ -67,8 +67,9 @@ serve: $(READY) ## serve the rendered book on this machine (PORT=8000)
 	@test -f build/html/index.html || { echo "make: there is no book yet; run: make book" >&2; exit 1; }
 	@$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory build/html
 
-gpu: $(READY) ## run the next pending job of data_scripts/gpu_jobs
-	@$(PY) data_scripts/gpu_queue.py
+# A GPU machine may bring its own Python with torch, and no network to make .venv from.
+gpu: ## run the next pending job of data_scripts/gpu_jobs
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) data_scripts/gpu_queue.py
 
 pins: $(READY) ## write constraints.txt from what .venv holds
 	@$(PY) -m pip freeze --exclude-editable | grep -Eiv '^(nvidia|cuda|triton|digital|-e|#)|@' > constraints.part

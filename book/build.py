@@ -140,8 +140,8 @@ def main() -> None:
         ROOT / "_config.yml",
     ]
     state = digest(inputs, sys.version, commit())
-    stamp = HTML / ".digest"
-    if stamp.is_file() and stamp.read_text() == state:
+    stamp = BUILD / "html.digest"
+    if HTML.is_dir() and stamp.is_file() and stamp.read_text() == state:
         print("book: unchanged")
     else:
         print("book: rendering ...", flush=True)

@@ -35,7 +35,9 @@ def stop(sentence):
 
 def run_pip(python, arguments):
     """Run pip with its output shown, and put a failure into one sentence."""
-    command = [python, "-m", "pip", "--disable-pip-version-check", "install"] + arguments
+    # Without a network the usual five attempts for every package take minutes.
+    command = [python, "-m", "pip", "--disable-pip-version-check", "install", "--retries", "2"]
+    command += arguments
     print("+ pip install " + " ".join(arguments), flush=True)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True

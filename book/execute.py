@@ -144,8 +144,10 @@ def execute(source: Path, timeout: float) -> tuple[float, str | None]:
 
     if failure is None:
         executed = json.loads(copy.read_text(encoding="utf-8"))
-        nbmake = first_code_cell(executed)["metadata"]["nbmake"]
-        nbmake["post_cell_execute"].pop()
+        metadata = first_code_cell(executed)["metadata"]
+        metadata["nbmake"]["post_cell_execute"].pop()
+        if metadata["nbmake"] == {"post_cell_execute": []}:
+            del metadata["nbmake"]
         copy.write_text(json.dumps(executed), encoding="utf-8")
     return seconds, failure
 

@@ -84,8 +84,10 @@ def run(job: Job, folder: Path) -> int:
     _write(settings, job.settings)
     command = [sys.executable, str(job.script), "--settings", str(settings), "--out", str(folder)]
     print(f"{job.name}: running {job.script}, output in {folder}", flush=True)
+    # The scripts import reglib; on a borrowed machine it need not be installed.
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     start = time.perf_counter()
-    code = subprocess.run(command).returncode
+    code = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
     seconds = time.perf_counter() - start
     if code != 0:
         print(

@@ -108,6 +108,13 @@ def test_changed_settings_start_afresh(project):
     assert "a: running" in run(project).stdout
 
 
+def test_a_script_can_import_what_lies_in_the_root(project):
+    (project / "library.py").touch()
+    (project / "imports.py").write_text("import library")
+    add_job(project, "a", script="imports.py")
+    assert run(project).returncode == 0
+
+
 def test_committed_results_count_as_done(project):
     (project / "results").mkdir()
     (project / "results" / "a.json").write_text("{}")

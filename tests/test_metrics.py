@@ -42,7 +42,7 @@ def test_digital_volume_equals_the_authors_package(shape, masked, size):
 def test_folded_voxels_equal_the_authors_package_in_the_interior(shape):
     package = pytest.importorskip("digital_diffeomorphism")
     reference = package.nda if len(shape) == 2 else package.ndv
-    u = random_field(shape, batch=1)
+    u = random_field(shape, 1.5, batch=1)
     interior = torch.zeros(1, 1, *shape)
     interior[(..., *(slice(1, -1),) * len(shape))] = 1
     vectors = np.moveaxis(u[0].numpy(), 0, -1).copy()
@@ -115,14 +115,3 @@ def test_dice_by_hand():
     assert scores[3].isnan()
     assert dice(fixed, warped, labels=[1]).equal(dice(warped, fixed, labels=[1]))
     assert dice(warped, warped, labels=[1, 2]).eq(1).all()
-
-
-def test_dice_counts_beyond_the_reach_of_float32():
-    """2^24 + 4 voxels: in float32 the last four would not be counted."""
-    warped = torch.ones(1, 1, 2, 2**23 + 2, dtype=torch.uint8)
-    fixed = warped.clone()
-    fixed.view(-1)[:4] = 0
-    n = 2**24
-    torch.testing.assert_close(
-        dice(warped, fixed, labels=[1]).item(), 2 * n / (2 * n + 4), rtol=1e-7, atol=0
-    )
