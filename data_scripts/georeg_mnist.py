@@ -268,10 +268,11 @@ def main() -> None:
     compare.add_argument("--seconds", type=float, default=150.0)
     compare.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # two runs side by side take no longer than one
+    provenance()  # of the start: the tree may change while networks train
     if options.command == "weights":
         weights(options.steps, options.seed)
     else:
-        torch.set_num_threads(1)
         ablation(options.seconds, options.seeds)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -29,8 +30,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def provenance() -> dict[str, object]:
-    """Commit, hardware and versions of this run."""
+    """Commit, hardware and versions of this run, as they were when it first asked."""
     return {
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes_in_library": bool(git("status", "--porcelain", "--", "reglib")),

@@ -112,7 +112,9 @@ class FourierFeatures(nn.Module):
 
     def forward(self, r: Tensor) -> Tensor:
         """Relative positions ``(..., D)`` in voxels of the level -> ``(..., channels)``."""
-        angle = 2 * math.pi * (r @ self.frequencies)
+        # No matrix product: autocast would round the coordinates to half precision.
+        parts = [x * f for x, f in zip(r.split(1, -1), self.frequencies, strict=True)]
+        angle = 2 * math.pi * torch.stack(parts).sum(0)
         return torch.cat([angle.sin(), angle.cos()], -1)
 
 
