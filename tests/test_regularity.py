@@ -81,6 +81,7 @@ def test_millimetres(shape):
     torch.testing.assert_close(bending(u, spacing=mm), bending(u) / 4)
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
 def test_monai_agrees_where_the_stencils_are_exact():
     """MONAI takes central differences; on linear and quadratic fields every stencil is exact."""
     losses = pytest.importorskip("monai.losses")

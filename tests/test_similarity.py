@@ -43,7 +43,7 @@ def random_weight(shape, batch=2):
 
 
 def local_correlation(w, f, window, sigma=None, weight=None):
-    """cc^2 at every voxel of two images ``S``, by a plain loop over windows cut off at the border."""
+    """cc^2 at every voxel of two images ``S``: a loop over windows cut off at the border."""
     weight = np.ones(w.shape) if weight is None else weight
     cc2 = np.zeros(w.shape)
     for at in np.ndindex(*w.shape):
@@ -93,10 +93,9 @@ def test_equals_a_plain_loop(name, shape, weighted):
     ours = ALL[name](w, f, weight=weight, reduction="none")
     m = weight if weighted else torch.ones(2, 1, *shape)
     for i in range(2):
-        channels = [
-            plain(name, *(x[i, c].numpy() for x in (w, f)), m[i, 0].numpy()) for c in (0, 1)
-        ]
-        np.testing.assert_allclose(ours[i].item(), np.mean(channels), rtol=1e-9)
+        channels = zip(w[i].numpy(), f[i].numpy(), strict=True)
+        expected = np.mean([plain(name, a, b, m[i, 0].numpy()) for a, b in channels])
+        np.testing.assert_allclose(ours[i].item(), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("window", [1, 3, 5, 9])
@@ -289,9 +288,8 @@ def test_gradients_with_respect_to_both_images(name, shape, weighted):
 
 def test_lncc_says_that_it_has_no_second_gradient():
     w, f = (x.requires_grad_() for x in pair((6, 6)))
-    (gradient,) = torch.autograd.grad(lncc(w, f, window=3), w, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(NotImplementedError, match=r"lncc: .* no second derivative"):
+        torch.autograd.grad(lncc(w, f, window=3), w, create_graph=True)
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (4, 4, 5)], ids=str)
@@ -332,7 +330,7 @@ first, *_ = functions.values()
 step(first, 16)
 memory = step(first, 96)[0]
 times = {name: [] for name in functions}
-for _ in range(3 if len(functions) == 2 else 0):
+for _ in range(2 if len(functions) == 2 else 0):
     for name, function in functions.items():
         times[name].append(step(function, 96)[1])
 print(json.dumps({"memory": memory, "times": {k: min(v) for k, v in times.items() if v}}))
@@ -355,7 +353,7 @@ def benchmark(which):
 
 
 def test_lncc_is_five_times_faster_than_monai_in_half_the_memory():
-    """Window 9 on 96^3, forward and backward; the best of three, since machines are shared."""
+    """Window 9 on 96^3, forward and backward; the best of several, as machines are shared."""
     pytest.importorskip("monai")
     runs = {which: [benchmark(which)] for which in ("reglib", "monai")}
     times = runs["monai"][0]["times"]

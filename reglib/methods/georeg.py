@@ -113,7 +113,7 @@ class FourierFeatures(nn.Module):
     def forward(self, r: Tensor) -> Tensor:
         """Relative positions ``(..., D)`` in voxels of the level -> ``(..., channels)``."""
         # No matrix product: autocast would round the coordinates to half precision.
-        parts = [x * f for x, f in zip(r.split(1, -1), self.frequencies, strict=True)]
+        parts = [r[..., axis, None] * f for axis, f in enumerate(self.frequencies)]
         angle = 2 * math.pi * torch.stack(parts).sum(0)
         return torch.cat([angle.sin(), angle.cos()], -1)
 
@@ -191,7 +191,9 @@ def neighbourhood(centre: Tensor, size: int, shape: Sequence[int]) -> tuple[Tens
     """
     last = torch.tensor([n - 1 for n in shape], dtype=centre.dtype, device=centre.device)
     start = centre.round() if size % 2 else centre.floor()
-    start = start.clamp(min=torch.zeros_like(last), max=last)
+    # The last cell starts one node before the last node.
+    final = last if size % 2 else (last - 1).clamp(min=0)
+    start = start.clamp(min=torch.zeros_like(last), max=final)
     nodes = start.unsqueeze(-2) + _offsets(size, len(shape), centre)
     inside = ((nodes >= 0) & (nodes <= last)).all(-1)
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

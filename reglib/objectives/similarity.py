@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from reglib.checks import check_choice, check_image, check_same_shape, check_weight
 from reglib.geometry.smoothing import box_sum, check_window, gaussian_sum
@@ -166,8 +165,10 @@ class _LocalCorrelation(torch.autograd.Function):
         return cc2
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # PyTorch's once_differentiable would take this gradient for a constant, silently.
+            raise NotImplementedError("lncc: create_graph=True, but it has no second derivative")
         w, f, weight, mean_w, mean_f, slope, by_w, by_f = ctx.saved_tensors
 
         def one_side(x: Tensor, y: Tensor, mean_x: Tensor, mean_y: Tensor, by_x: Tensor) -> Tensor:
