@@ -1,7 +1,7 @@
 """GeoReg on MNIST: the embedded weights, and the ablation that the notebook draws.
 
     python data_scripts/georeg_mnist.py weights [--steps 3000]
-    python data_scripts/georeg_mnist.py ablation [--seconds 150] [--seeds 3]
+    python data_scripts/georeg_mnist.py ablation [--seconds 100] [--seeds 3]
 
 Data: the embedded sample (4,000 digits of the official training set, 1,000 of the test set). The
 last 50 training digits of each class are kept apart for validation: settings were chosen on them.
@@ -265,7 +265,7 @@ def main() -> None:
     train.add_argument("--steps", type=int, default=3000)
     train.add_argument("--seed", type=int, default=0)
     compare = commands.add_parser("ablation")
-    compare.add_argument("--seconds", type=float, default=150.0)
+    compare.add_argument("--seconds", type=float, default=100.0)
     compare.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)  # two runs side by side take no longer than one

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -128,7 +128,7 @@ def save_weights(network: nn.Module, path: str | Path, card: Mapping[str, object
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     part = path.with_name(f".{path.name}.part")
     try:
-        save_file(state, part, metadata=metadata)
+        part.write_bytes(save(state, metadata))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -80,6 +80,8 @@ FUNCTIONS = {
 REPORTS = {
     "warp_labels": lambda x: sampling.warp_labels(x.labels, x.a),
     "dice": lambda x: metrics.dice(x.labels, x.other_labels, labels=[0, 1, 2]),
+    "affine_share": lambda x: metrics.affine_share(x.a),
+    "spectral_centroid": lambda x: metrics.spectral_centroid(x.a),
     "folding": lambda x: metrics.folding(x.a, mask=x.weight),
     "ndv or nda": lambda x: (metrics.nda if len(x.shape) == 2 else metrics.ndv)(x.a),
 }

@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from scipy import fft
 
 from reglib.geometry.grid import identity_grid
-from reglib.objectives.metrics import dice, folding, nda, ndv
+from reglib.objectives.metrics import (
+    affine_share,
+    dice,
+    folding,
+    nda,
+    ndv,
+    spectral_centroid,
+)
 
 SHAPES = [(9, 7), (7, 8, 6)]
 
@@ -115,3 +123,44 @@ def test_dice_by_hand():
     assert scores[3].isnan()
     assert dice(fixed, warped, labels=[1]).equal(dice(warped, fixed, labels=[1]))
     assert dice(warped, warped, labels=[1, 2]).eq(1).all()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 6)], ids=str)
+def test_affine_share_equals_a_least_squares_fit(shape):
+    u = random_field(shape)
+    x = np.indices(shape).reshape(len(shape), -1)
+    design = np.vstack([np.ones(x.shape[1]), x]).T
+    for i in range(3):
+        vectors = u[i].flatten(1).numpy().T
+        fit = design @ np.linalg.lstsq(design, vectors, rcond=None)[0]
+        expected = 1 - ((vectors - fit) ** 2).sum() / (vectors**2).sum()
+        np.testing.assert_allclose(affine_share(u)[i].item(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_affine_fields_are_affine_to_the_full(shape):
+    x = identity_grid(shape)
+    u = torch.cat([0.3 * x + 1, x.flip(1), torch.ones_like(x), torch.zeros_like(x)])
+    share = affine_share(u)
+    torch.testing.assert_close(share[:3], torch.ones(3))
+    assert share[3].isnan()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_spectral_centroid_equals_scipy_cosine_transform(shape):
+    u = random_field(shape)
+    cycles = np.meshgrid(*(np.arange(n) / (2 * n) for n in shape), indexing="ij")
+    radius = np.sqrt(sum(c**2 for c in cycles))
+    for i in range(3):
+        power = fft.dctn(u[i].numpy(), axes=range(1, u.ndim - 1), norm="ortho") ** 2
+        expected = (power * radius).sum() / power.sum()
+        np.testing.assert_allclose(spectral_centroid(u)[i].item(), expected, rtol=1e-5)
+
+
+def test_spectral_centroid_of_a_wave_is_its_frequency():
+    """A cosine with its crests at the border, 3 half periods in 24 voxels: 1/16 cycle a voxel."""
+    wave = torch.cos(torch.pi * 3 * (torch.arange(24) + 0.5) / 24)
+    u = torch.stack([wave.expand(9, 24), wave.expand(9, 24)])[None]
+    torch.testing.assert_close(spectral_centroid(u), torch.tensor([1 / 16]))
+    assert spectral_centroid(torch.ones(1, 2, 9, 24)).abs() < 1e-6
+    assert spectral_centroid(torch.zeros(1, 2, 9, 24)).isnan()

@@ -94,11 +94,11 @@ def upsample_field(field: Tensor, factor: int, shape: Sequence[int]) -> Tensor:
     check_field(field, "field")
     check_positive_int(factor, "factor")
     check_shape(shape, (field.ndim - 2,))
-    wanted = tuple(-(-n // factor) for n in shape)
-    if wanted != tuple(field.shape[2:]):
+    pooled = tuple(-(-n // factor) for n in shape)
+    if pooled != tuple(field.shape[2:]):
         raise ValueError(
-            f"shape: {tuple(shape)} pooled by {factor} is {wanted}, "
-            f"but field has spatial shape {tuple(field.shape[2:])}"
+            f"shape: wanted one that becomes {tuple(field.shape[2:])}, the grid of field, when "
+            f"pooled by {factor}, got {tuple(shape)}, which becomes {pooled}"
         )
     positions = [
         (torch.arange(n, device=field.device, dtype=torch.float64) - (factor - 1) / 2) / factor

@@ -80,7 +80,8 @@ def voxel_to_unit(coords: Tensor, shape: Sequence[int]) -> Tensor:
 
 def unit_to_voxel(coords: Tensor, shape: Sequence[int]) -> Tensor:
     """Map [-1, 1] coordinates ``(B, D, ...)`` to voxels; the inverse of :func:`voxel_to_unit`."""
-    return (coords + 1) / 2 * _last_index(shape, coords)
+    last = _last_index(shape, coords)
+    return (coords + 1) / 2 * last
 
 
 def sample(

@@ -1,0 +1,37 @@
+"""Every number the book quotes says where it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reglib.data.results import read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "results").glob("*.json"))
+
+
+def provenances(content: dict) -> list[dict]:
+    """The record of each run in a file."""
+    runs = content.get("runs", [content])
+    return [run["provenance"] | {"seconds": run["seconds"]} for run in runs]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_results_name_script_commit_hardware_and_seconds(path: Path) -> None:
+    content = read_results(path.stem)
+    assert content == json.loads(path.read_text())
+    assert (ROOT / content["script"].split()[0]).exists()
+    for record in provenances(content):
+        assert len(record["commit"]) == 40
+        assert record["cpu"]
+        assert record["torch"]
+        assert record["seconds"]
+        assert not record["uncommitted_changes_in_library"]
+
+
+def test_missing_results_are_named() -> None:
+    with pytest.raises(FileNotFoundError, match="no_such_results"):
+        read_results("no_such_results")
