@@ -10,4 +10,4 @@ __version__ = "0.1.0"
 REPOSITORY = "https://github.com/reglib/reglib"
 
 #: What ``pip install`` takes on a machine without reglib (used by the notebooks' set-up cells).
-INSTALL_SOURCE = f"reglib[book] @ git+{REPOSITORY}"
+INSTALL_SOURCE = f"reglib @ git+{REPOSITORY}"

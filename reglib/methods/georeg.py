@@ -343,6 +343,8 @@ class GeoReg(nn.Module):
             )
         if interpolation < 0:
             raise ValueError(f"interpolation: wanted 0 or more parents, got {interpolation!r}")
+        #: What a file of weights says about them; empty for a new network.
+        self.card: dict[str, Any] = {}
         #: The arguments, to build the same network again.
         self.settings = {
             "dimensions": dimensions,
@@ -489,14 +491,14 @@ def save(network: GeoReg, path: str | Path, *, card: Mapping[str, object]) -> No
     save_weights(network, path, {"method": "georeg", "settings": network.settings, **card})
 
 
-def load(path: str | Path) -> tuple[GeoReg, dict[str, Any]]:
-    """Read a network written by :func:`save`, and its card.
+def load(path: str | Path) -> GeoReg:
+    """Read a network written by :func:`save`.
 
     Args:
         path: a safetensors file.
 
     Returns:
-        The network in evaluation mode, on the CPU, and everything the file says about it.
+        The network in evaluation mode, on the CPU; its ``card`` is everything the file says.
 
     Raises:
         OSError: if the file cannot be read.
@@ -507,10 +509,11 @@ def load(path: str | Path) -> tuple[GeoReg, dict[str, Any]]:
         raise ValueError(f"path: wanted weights of method 'georeg', got {card.get('method')!r}")
     network = GeoReg(**card["settings"])
     network.load_state_dict(state)
-    return network.eval(), card
+    network.card = card
+    return network.eval()
 
 
-def load_pretrained() -> tuple[GeoReg, dict[str, Any]]:
-    """The 2-D network trained on MNIST that travels with the package, and its card."""
+def load_pretrained() -> GeoReg:
+    """The 2-D network trained on MNIST that travels with the package."""
     with resources.as_file(resources.files("reglib.methods") / WEIGHTS) as path:
         return load(path)

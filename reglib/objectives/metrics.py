@@ -19,7 +19,7 @@ from reglib.geometry.grid import identity_grid
 
 
 def dice(warped_labels: Tensor, fixed_labels: Tensor, *, labels: Sequence[int]) -> Tensor:
-    """Overlap 2 |A and B| / (|A| + |B|) of each label.
+    """Overlap ``2 |A and B| / (|A| + |B|)`` of each label.
 
     Args:
         warped_labels: label map ``(B, 1, *S)``, integers (or floats that hold integers).

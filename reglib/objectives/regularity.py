@@ -66,7 +66,7 @@ def total_variation(
 ) -> Tensor:
     """Mean absolute first derivative, over voxels, components and axes (anisotropic L1).
 
-    |g| is rounded to ``sqrt(g^2 + smoothing) - sqrt(smoothing)``, which has a gradient at 0.
+    ``|g|`` is rounded to ``sqrt(g^2 + smoothing) - sqrt(smoothing)``, which has a gradient at 0.
 
     Args:
         field: displacement ``(B, D, *S)`` in voxels.

@@ -20,7 +20,7 @@ from reglib.geometry.smoothing import box_sum, check_window, gaussian_sum
 #: Local variances below this share of the whole image's variance count as flat.
 FLAT = 1e-5
 
-#: So do those below this many roundings of the local mean square: they hold no valid digit.
+#: So do those below this many roundings of the local mean square, which hold no valid digit.
 ROUNDINGS = 64
 
 
@@ -75,7 +75,7 @@ def _centre(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
 def mae(
     warped: Tensor, fixed: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Mean absolute error, mean |w - f|.
+    """Mean absolute error, ``mean |w - f|``.
 
     Args:
         warped: ``(B, C, *S)``, floating point.
@@ -168,7 +168,7 @@ class _LocalCorrelation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # PyTorch's once_differentiable would take this gradient for a constant, silently.
-            raise NotImplementedError("lncc: create_graph=True, but it has no second derivative")
+            raise RuntimeError("lncc: it has no second derivative, got create_graph=True")
         w, f, weight, mean_w, mean_f, slope, by_w, by_f = ctx.saved_tensors
 
         def one_side(x: Tensor, y: Tensor, mean_x: Tensor, mean_y: Tensor, by_x: Tensor) -> Tensor:
