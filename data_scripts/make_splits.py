@@ -24,20 +24,15 @@ SIZES = {
 }
 
 
-def members(folder: Path) -> dict[str, list[str]]:
-    """Every patient, patch, crop and subject, in ascending order."""
-    with open(folder / "lgg" / "index.csv", newline="") as file:
-        patients = {row["patient"] for row in csv.DictReader(file)}
-
-    def stems(subfolder: str) -> list[str]:
-        return sorted(path.name.split(".")[0] for path in (folder / subfolder).glob("*.nii.gz"))
-
-    return {
-        "lgg": sorted(patients),
-        "quickbird": [str(patch) for patch in range(11)],
-        "hippocampus": stems("hippocampus/imagesTr"),
-        "ixi_2mm": stems("ixi_2mm/t1_brain"),
-    }
+def members(folder: Path, name: str) -> list[str]:
+    """Every patient, patch, crop or subject of a set, in ascending order."""
+    if name == "lgg":
+        with open(folder / name / "index.csv", newline="") as file:
+            return sorted({row["patient"] for row in csv.DictReader(file)})
+    if name == "quickbird":
+        return [str(patch) for patch in range(11)]
+    images = {"hippocampus": "imagesTr", "ixi_2mm": "t1_brain"}[name]
+    return sorted(path.name.split(".")[0] for path in (folder / name / images).glob("*.nii.gz"))
 
 
 def draw(everyone: list[str], sizes: dict[str, int], seed: int = 0) -> dict[str, list[str]]:
@@ -55,7 +50,7 @@ def draw(everyone: list[str], sizes: dict[str, int], seed: int = 0) -> dict[str,
 
 def splits(folder: Path) -> dict[str, dict[str, list[str]]]:
     """All splits, from the data in ``folder``."""
-    return {name: draw(everyone, SIZES[name]) for name, everyone in members(folder).items()}
+    return {name: draw(members(folder, name), sizes) for name, sizes in SIZES.items()}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 from pathlib import Path
@@ -23,9 +24,9 @@ def test_parts_are_disjoint_and_of_the_stated_sizes() -> None:
 
 
 def test_committed_splits_are_drawn_by_the_script() -> None:
-    everyone = {name: sorted(sum(parts.values(), [])) for name, parts in COMMITTED.items()}
-    everyone["quickbird"].sort(key=int)
-    if "REGLIB_DATA" in os.environ:
-        assert make_splits.members(Path(os.environ["REGLIB_DATA"])) == everyone
-    redrawn = {name: make_splits.draw(everyone[name], make_splits.SIZES[name]) for name in everyone}
-    assert redrawn == COMMITTED
+    data = Path(os.environ.get("REGLIB_DATA", "no such folder"))
+    for name, parts in COMMITTED.items():
+        everyone = sorted(itertools.chain(*parts.values()), key=lambda case: (len(case), case))
+        if (data / name).is_dir():
+            assert make_splits.members(data, name) == everyone
+        assert make_splits.draw(everyone, make_splits.SIZES[name]) == parts
