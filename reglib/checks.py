@@ -68,15 +68,6 @@ def check_batch(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
         )
 
 
-def check_same_grid(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
-    """Raise unless two batched tensors have the same batch size and spatial shape."""
-    if a.shape[0] != b.shape[0] or a.shape[2:] != b.shape[2:]:
-        raise ValueError(
-            f"{names[0]}, {names[1]}: wanted the same batch size and spatial shape, "
-            f"got {tuple(a.shape)} and {tuple(b.shape)}"
-        )
-
-
 def check_same_shape(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
     """Raise unless two tensors have the same shape."""
     if a.shape != b.shape:

@@ -298,7 +298,7 @@ def test_queries_are_fixed_and_neighbours_are_moving_features_around_phi() -> No
     moving = torch.randn(1, 4, 12, 16, requires_grad=True)
     field = torch.zeros(1, 2, 12, 16)
     field[:, 0], field[:, 1] = 2.0, -5.0
-    (tau(fixed, moving, field) - field)[0, :, 4, 9].sum().backward()
+    (tau(moving, fixed, field) - field)[0, :, 4, 9].sum().backward()
     seen = torch.nonzero(moving.grad.abs().sum((0, 1)))
     assert seen.amin(0).tolist() == [4 + 2 - 1, 9 - 5 - 1]
     assert seen.amax(0).tolist() == [4 + 2 + 1, 9 - 5 + 1]
@@ -312,7 +312,7 @@ def test_only_displacements_travel_between_levels() -> None:
     output = network(x, x.flip(2))
     inherited = output.stages[-2].field
     features = [level.chunk(2) for level in network.encoder(torch.cat([x, x.flip(2)]))]
-    again = network.refinements[0](features[0][1], features[0][0], inherited)
+    again = network.refinements[0](features[0][0], features[0][1], inherited)
     torch.testing.assert_close(again, output.field)
 
 

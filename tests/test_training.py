@@ -10,7 +10,7 @@ from torch import nn
 from reglib.geometry.grid import identity_grid
 from reglib.geometry.sampling import warp
 from reglib.objectives.similarity import mse
-from reglib.training import fit
+from reglib.training import fit, load_weights, save_weights
 
 SHIFTS = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
 
@@ -232,3 +232,34 @@ def test_the_progress_bar_shows_the_loss_or_nothing(capsys):
     assert capsys.readouterr() == ("", "")
     fit(Scalar(), constant_pairs(), value, steps=2)
     assert "2/2" in capsys.readouterr().err
+
+
+def test_weights_and_card_survive_the_disk(tmp_path):
+    network, card = Shift(), {"spacing": [1.0, 2.0], "trained on": "blobs", "steps": 3}
+    path = tmp_path / "shift.safetensors"
+    for _ in range(2):
+        save_weights(network, path, card)
+    state, read = load_weights(path)
+    assert read == card
+    assert state.keys() == network.state_dict().keys()
+    for name, tensor in network.state_dict().items():
+        assert state[name].equal(tensor)
+    assert [p.name for p in tmp_path.iterdir()] == ["shift.safetensors"]
+
+
+def test_a_card_that_is_not_json_leaves_the_old_file(tmp_path):
+    path = tmp_path / "shift.safetensors"
+    save_weights(Scalar(), path, {"steps": 1})
+    with pytest.raises(TypeError):
+        save_weights(Scalar(), path, {"steps": object()})
+    assert load_weights(path)[1] == {"steps": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["shift.safetensors"]
+
+
+def test_a_file_that_holds_no_weights_is_named(tmp_path):
+    path = tmp_path / "page.safetensors"
+    path.write_text("<html>")
+    with pytest.raises(ValueError, match=r"^path: wanted a safetensors file, got .*page"):
+        load_weights(path)
+    with pytest.raises(OSError, match=r"nowhere"):
+        load_weights(tmp_path / "nowhere.safetensors")

@@ -255,7 +255,7 @@ class Refinement(nn.Module):
         relative = (nodes - centre.unsqueeze(-2)).clamp(-reach, reach)
         return _gather(_points(moving), index), relative, inside
 
-    def forward(self, fixed: Tensor, moving: Tensor, field: Tensor) -> Tensor:
+    def forward(self, moving: Tensor, fixed: Tensor, field: Tensor) -> Tensor:
         """Features ``(B, C, *S_l)`` of both images and the field so far -> the next field."""
         step = self.attention(_points(fixed), *self.look(moving, field))
         return field + _grid(step, field.shape[2:])
@@ -424,7 +424,7 @@ class GeoReg(nn.Module):
             tau = self.refinements[level]
             if isinstance(tau, Refinement):
                 for iteration in range(1, self.iterations[level] + 1):
-                    field = tau(fixed_features, moving_features, field)
+                    field = tau(moving_features, fixed_features, field)
                     stages.append(Stage(level, iteration, field))
         return Output(field, tuple(stages))
 
