@@ -35,7 +35,7 @@ def provenance() -> dict[str, object]:
     """Commit, hardware and versions of this run, as they were when it first asked."""
     return {
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes_in_library": bool(git("status", "--porcelain", "--", "reglib")),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "reglib", "data_scripts")),
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

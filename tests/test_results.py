@@ -29,7 +29,7 @@ def test_results_name_script_commit_hardware_and_seconds(path: Path) -> None:
         assert record["cpu"]
         assert record["torch"]
         assert record["seconds"]
-        assert not record["uncommitted_changes_in_library"]
+        assert not record["uncommitted_changes"]
 
 
 def test_missing_results_are_named() -> None:

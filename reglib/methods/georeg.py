@@ -113,9 +113,8 @@ class FourierFeatures(nn.Module):
     def forward(self, r: Tensor) -> Tensor:
         """Relative positions ``(..., D)`` in voxels of the level -> ``(..., channels)``."""
         # No matrix product: autocast would round the coordinates to half precision.
-        parts = [r[..., axis, None] * f for axis, f in enumerate(self.frequencies)]
-        angle = 2 * math.pi * torch.stack(parts).sum(0)
-        return torch.cat([angle.sin(), angle.cos()], -1)
+        angle = sum(r[..., axis, None] * f for axis, f in enumerate(2 * math.pi * self.frequencies))
+        return torch.cat([torch.sin(angle), torch.cos(angle)], -1)
 
 
 class NeighbourAttention(nn.Module):
@@ -250,7 +249,8 @@ class Refinement(nn.Module):
             seen = sample(moving, place).flatten(3).movedim(1, -1)
             return seen, relative, torch.ones_like(relative[..., 0], dtype=torch.bool)
         nodes, index, inside = neighbourhood(centre, self.size, shape)
-        # A point that has left the image sees what it would see from the border.
+        # A point that has left the image looks at the border; how far it is says the position,
+        # kept within a range that training reaches.
         reach = float(self.size)
         relative = (nodes - centre.unsqueeze(-2)).clamp(-reach, reach)
         return _gather(_points(moving), index), relative, inside
