@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
+from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor
 
 from reglib.data import datasets
@@ -20,7 +23,7 @@ from reglib.methods import georeg
 from reglib.objectives.metrics import folding
 from reglib.objectives.regularity import bending
 from reglib.objectives.similarity import mse, ncc
-from reglib.training import fit
+from reglib.training import fit, save_weights
 
 SHAPES = {2: (12, 16), 3: (8, 12, 16)}
 
@@ -98,6 +101,8 @@ def test_dtype_follows_the_input_and_coordinates_survive_autocast() -> None:
         mixed, rounded = network(x, x.flip(2)).field, features(r)
     assert torch.equal(exact, rounded)
     assert mixed.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert network(x.bfloat16(), x.bfloat16().flip(2)).field.dtype == torch.float32
     # Image features lose their third digit; a point near the middle between two nodes may so
     # look at another neighbourhood, which is why the mean is compared.
     assert (mixed - plain).abs().mean() < 0.03 * plain.abs().mean()
@@ -155,6 +160,100 @@ def test_attention_equals_keys_and_values_formed_per_neighbour() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5).double())
 
 
+def plain_attention(
+    attention: georeg.NeighbourAttention, f: Tensor, neighbours: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Equations 4 to 7 for one point, written out: its feature, then (feature, r) of each other."""
+    x = [g + attention.position(r) for g, r in neighbours]
+    q = attention.query(f)
+    logits = torch.stack([q @ attention.key(x_j) / math.sqrt(len(f)) for x_j in x])
+    value = sum(a * attention.value(x_j) for a, x_j in zip(logits.softmax(0), x, strict=True))
+    h = attention.norm_attention(f + value)
+    return attention.head(attention.norm_mix(h + attention.mix(h)))
+
+
+def nodes_around(place: Tensor, size: int, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The nodes inside the grid among the ``size`` nearest along each axis (even: the cell)."""
+    axes = []
+    for c, n in zip(place.tolist(), shape, strict=True):
+        start = min(max(round(c), 0), n - 1) if size % 2 else min(max(math.floor(c), 0), n - 2)
+        first = start - (size - 1) // 2
+        axes.append([k for k in range(first, first + size) if 0 <= k < n])
+    return itertools.product(*axes)
+
+
+def spread_heads(module: torch.nn.Module) -> None:
+    """Random weights of a size at which every term of the attention shows."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize(("size", "warp_features"), [(2, False), (3, False), (3, True)])
+def test_refinement_equals_a_plain_loop(dimensions: int, size: int, warp_features: bool) -> None:
+    torch.manual_seed(0)
+    shape = (4, 5, 3)[:dimensions]
+    tau = georeg.Refinement(dimensions, 4, size, 0.2, warp_features=warp_features).double()
+    spread_heads(tau)
+    moving, fixed = torch.randn(2, 2, 4, *shape).double()
+    field = 1.5 * torch.randn(2, dimensions, *shape).double()
+    field[0, :, 0] -= 6.0  # these points have left the image
+    got = tau(moving, fixed, field)
+    for b, x in itertools.product(range(2), itertools.product(*map(range, shape))):
+        here = (b, slice(None), *x)
+        phi = torch.tensor(x).double() + field[here]
+        if warp_features:
+            offsets = [
+                torch.tensor(o).double() for o in itertools.product((-1, 0, 1), repeat=dimensions)
+            ]
+            image = moving[b].numpy()
+            neighbours = []
+            for o in offsets:
+                at = (phi + o).numpy()[:, None]
+                feature = [
+                    ndimage.map_coordinates(c, at, order=1, mode="nearest")[0] for c in image
+                ]
+                neighbours.append((torch.tensor(feature), o))
+        else:
+            neighbours = [
+                (moving[(b, slice(None), *n)], (torch.tensor(n) - phi).clamp(-size, size))
+                for n in nodes_around(phi, size, shape)
+            ]
+        step = plain_attention(tau.attention, fixed[here], neighbours)
+        torch.testing.assert_close(got[here], field[here] + step, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("size", [2, 3])
+def test_interpolation_equals_a_plain_loop(dimensions: int, size: int) -> None:
+    """Also fault 5: relative positions are neighbour minus point in tau and in delta alike."""
+    torch.manual_seed(0)
+    coarse, fine = (2, 3, 2)[:dimensions], (4, 6, 4)[:dimensions]
+    delta = georeg.Interpolation(dimensions, 6, 4, size, 0.2).double()
+    spread_heads(delta)
+    children, parents = torch.randn(2, 4, *fine).double(), torch.randn(2, 6, *coarse).double()
+    field = torch.randn(2, dimensions, *coarse).double()
+    got = delta(children, parents, field)
+    axes = [range(n) for n in coarse]
+    for b, i in itertools.product(range(2), itertools.product(*map(range, fine))):
+        here = (b, slice(None), *i)
+        place = (torch.tensor(i).double() - 0.5) / 2
+        linear = [
+            RegularGridInterpolator(axes, u.numpy(), bounds_error=False, fill_value=None)(place)[0]
+            for u in field[b]
+        ]
+        inherited = torch.tensor(linear)  # in voxels of the coarse level
+        neighbours = [
+            (
+                delta.match(parents[(b, slice(None), *n)]),
+                torch.tensor(n) + field[(b, slice(None), *n)] - (place + inherited),
+            )
+            for n in nodes_around(place, size, coarse)
+        ]
+        step = plain_attention(delta.attention, children[here], neighbours)
+        torch.testing.assert_close(got[here], 2 * inherited + step, atol=1e-9, rtol=1e-9)
+
+
 def test_fourier_features_are_sines_and_cosines_of_relative_position() -> None:
     features = georeg.FourierFeatures(3, 6, 0.5)
     r = torch.randn(4, 3)
@@ -190,6 +289,9 @@ def test_objective_sums_similarity_and_regularity_over_every_stage() -> None:
         regularity += weights[level] * bending(field).item()
     assert terms["similarity"].item() == pytest.approx(similarity, rel=1e-5)
     assert terms["regularity"].item() == pytest.approx(regularity, rel=1e-5)
+    halved = georeg.objective(output, moving, fixed, level_weight=0.5, regularity_weight=weights)
+    for name, value in terms.items():
+        assert halved[name].item() == pytest.approx(value.item() / 2)
     last = georeg.objective(output, moving, fixed, deep_supervision=False)
     final = ncc(warp(moving, output.field), fixed)
     assert last["similarity"].item() == pytest.approx(final.item())
@@ -224,18 +326,19 @@ def test_neighbours_beyond_the_border_get_no_attention() -> None:
 def test_gradients_reach_the_neighbours(dimensions: int) -> None:
     """Fault 2: a position encoding under no_grad cuts keys and values off from the encoder."""
     attention = georeg.NeighbourAttention(dimensions, 4, 0.2)
-    points, neighbours = torch.randn(1, 3, 4), torch.randn(1, 3, 5, 4, requires_grad=True)
-    relative = torch.randn(1, 3, 5, dimensions, requires_grad=True)
-    inside = torch.ones(1, 3, 5, dtype=torch.bool)
-    attention(points, neighbours, relative, inside).sum().backward()
-    assert neighbours.grad is not None
-    assert (neighbours.grad.abs().amax((0, 1, 3)) > 0).all()
-    assert relative.grad is not None
-    assert (relative.grad.abs().amax((0, 1, 2)) > 0).all()
+    points, inside = torch.randn(1, 3, 4), torch.ones(1, 3, 5, dtype=torch.bool)
 
-    with torch.no_grad():
-        faulty = neighbours + attention.position(relative)
-    assert not faulty.requires_grad  # what the released 3-D encoding hands on
+    def check(cut: Callable[[Tensor], Tensor]) -> None:
+        neighbours = torch.randn(1, 3, 5, 4, requires_grad=True)
+        relative = torch.randn(1, 3, 5, dimensions, requires_grad=True)
+        attention(points, cut(neighbours), cut(relative), inside).sum().backward()
+        for tensor in (neighbours, relative):
+            assert tensor.grad is not None
+            assert (tensor.grad.abs().amax((0, 1, 3)) > 0).all()
+
+    check(lambda x: x)
+    with pytest.raises(AssertionError):
+        check(torch.Tensor.detach)  # what no_grad around the sum of the two amounts to
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -257,29 +360,39 @@ def test_interpolation_inherits_affine_fields_exactly_up_to_the_border(dimension
     assert (faulty - fine).abs().max() > 0.1
 
 
+def check_nearest(nodes: Tensor, centre: Tensor) -> None:
+    """No grid node left out is nearer than one taken, along one axis of inner points."""
+    for taken, c in zip(nodes.tolist(), centre.tolist(), strict=True):
+        others = set(range(-5, 50)) - {int(n) for n in taken}
+        assert max(abs(n - c) for n in taken) <= min(abs(n - c) for n in others)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_neighbourhood_holds_the_nearest_nodes(size: int, dimensions: int) -> None:
     """Fault 4: even sizes took the parent and the next node for both children of a parent."""
     shape = SHAPES[dimensions]
-    child = (torch.arange(2 * min(shape)) - 0.5) / 2  # children of a level pooled by 2
+    rest = torch.arange(2 * shape[0], dtype=torch.float32)
+    child = (rest - 0.5) / 2  # children of a level pooled by 2
     centre = child.view(1, -1, 1).expand(1, -1, dimensions)
     nodes, index, inside = georeg.neighbourhood(centre, size, shape)
     assert nodes.shape == (1, len(child), size**dimensions, dimensions)
-    last = shape[0] - 1
-    for p, c in enumerate(child[: 2 * shape[0]].clamp(0, last)):
-        along = sorted({float(n) for n in nodes[0, p, :, 0]})
-        # One node more, for a centre between two nodes of an odd neighbourhood at the border.
-        nearest = sorted(range(-3, shape[0] + 3), key=lambda n: (abs(n - float(c)), -n))[:size]
-        if 0 < c < last or size % 2:
-            assert along == sorted(nearest)
-        assert sum(0 <= n <= last for n in along) >= min(size, 2)
+    along = nodes[0].view(len(child), size, -1, dimensions)[:, :, 0, 0]
+    inner = slice(2, -2)  # one or two nodes from the border
+    check_nearest(along[inner], child[inner])
+    # At both borders as many nodes lie inside: the rule is symmetric.
+    valid = ((along >= 0) & (along < shape[0])).sum(1)
+    assert valid[0] == valid[-1]
     every = torch.arange(math.prod(shape)).view(shape)
     for p, k in itertools.product(range(len(child)), range(size**dimensions)):
         node = tuple(int(n) for n in nodes[0, p, k])
         valid = all(0 <= n < m for n, m in zip(node, shape, strict=True))
         assert bool(inside[0, p, k]) == valid
         assert int(index[0, p, k]) == (int(every[node]) if valid else 0)
+
+    faulty = torch.stack([(rest / 2).floor(), (rest / 2).floor() + 1], 1)
+    with pytest.raises(AssertionError):
+        check_nearest(faulty[inner], child[inner])
 
 
 def test_points_that_left_the_image_see_its_border() -> None:
@@ -294,25 +407,35 @@ def test_queries_are_fixed_and_neighbours_are_moving_features_around_phi() -> No
     """Fault 10: the field's point x must look at the moving image around phi(x), not around x."""
     tau = georeg.Refinement(2, 4, 3, 0.2)
     torch.nn.init.normal_(tau.attention.head[2].weight)
-    fixed = torch.randn(1, 4, 12, 16, requires_grad=True)
-    moving = torch.randn(1, 4, 12, 16, requires_grad=True)
     field = torch.zeros(1, 2, 12, 16)
     field[:, 0], field[:, 1] = 2.0, -5.0
-    (tau(moving, fixed, field) - field)[0, :, 4, 9].sum().backward()
-    seen = torch.nonzero(moving.grad.abs().sum((0, 1)))
-    assert seen.amin(0).tolist() == [4 + 2 - 1, 9 - 5 - 1]
-    assert seen.amax(0).tolist() == [4 + 2 + 1, 9 - 5 + 1]
-    assert torch.nonzero(fixed.grad.abs().sum((0, 1))).tolist() == [[4, 9]]
+
+    def check(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        fixed = torch.randn(1, 4, 12, 16, requires_grad=True)
+        moving = torch.randn(1, 4, 12, 16, requires_grad=True)
+        (form(moving, fixed, field) - field)[0, :, 4, 9].sum().backward()
+        assert moving.grad is not None
+        assert fixed.grad is not None
+        seen = torch.nonzero(moving.grad.abs().sum((0, 1)))
+        assert seen.amin(0).tolist() == [4 + 2 - 1, 9 - 5 - 1]
+        assert seen.amax(0).tolist() == [4 + 2 + 1, 9 - 5 + 1]
+        assert torch.nonzero(fixed.grad.abs().sum((0, 1))).tolist() == [[4, 9]]
+
+    check(tau)
+    with pytest.raises(AssertionError):
+        check(lambda moving, fixed, field: tau(fixed, moving, field))
 
 
 def test_only_displacements_travel_between_levels() -> None:
     """The finest step depends on coarser levels through the inherited field alone."""
-    network = small(iterations=(1, 1, 1), interpolation=0)
+    network = small(iterations=(1, 1, 1))
     x = images(2, 1)
     output = network(x, x.flip(2))
-    inherited = output.stages[-2].field
     features = [level.chunk(2) for level in network.encoder(torch.cat([x, x.flip(2)]))]
-    again = network.refinements[0](features[0][0], features[0][1], inherited)
+    (fine_moving, fine_fixed), (_, coarse_fixed) = features[:2]
+    inherited = network.interpolations[0](fine_fixed, coarse_fixed, output.stages[-3].field)
+    torch.testing.assert_close(inherited, output.stages[-2].field)
+    again = network.refinements[0](fine_moving, fine_fixed, inherited)
     torch.testing.assert_close(again, output.field)
 
 
@@ -396,6 +519,8 @@ GOOD = torch.rand(1, 1, 12, 16)
         (GOOD, GOOD * math.nan, ValueError, ["fixed", "192 NaN"]),
         ((GOOD * 255).byte(), GOOD, TypeError, ["moving", "uint8"]),
         (GOOD.numpy(), GOOD, TypeError, ["moving", "ndarray"]),
+        (GOOD.double(), GOOD.double(), TypeError, ["moving", "float32", "float64"]),
+        (GOOD, GOOD.half(), TypeError, ["fixed", "float16"]),
         (GOOD[:0], GOOD[:0], ValueError, ["moving", "(0, 1, 12, 16)"]),
     ],
 )
@@ -409,6 +534,11 @@ def test_bad_images_are_refused_at_the_door(moving, fixed, error, words) -> None
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
+        ({"channels": 16}, "channels"),
+        ({"neighbourhoods": (3.5, 3, 3)}, "neighbourhoods"),
+        ({"interpolation": 2.5}, "interpolation"),
+        ({"fourier_scale": math.nan}, "fourier_scale"),
+        ({"neighbourhoods": (0, 3, 3), "iterations": (1, 1, 1)}, "iterations"),
         ({"dimensions": 4}, "dimensions"),
         ({"inputs": 0}, "inputs"),
         ({"channels": ()}, "channels"),
@@ -420,19 +550,26 @@ def test_bad_images_are_refused_at_the_door(moving, fixed, error, words) -> None
     ],
 )
 def test_bad_settings_are_refused(settings: dict, word: str) -> None:
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises((TypeError, ValueError), match=word):
         small(**settings)
+
+
+def test_a_network_in_half_precision_is_refused() -> None:
+    with pytest.raises(TypeError, match="autocast"):
+        small().half()(GOOD.half(), GOOD.half())
 
 
 def test_objective_refuses_a_wrong_number_of_weights() -> None:
     x = images(2, 1)
     with pytest.raises(ValueError, match="regularity_weight"):
         georeg.objective(small()(x, x), x, x, regularity_weight=(1.0, 2.0))
+    with pytest.raises(TypeError, match="level_weight"):
+        georeg.objective(small()(x, x), x, x, level_weight="1")
 
 
 def test_weights_survive_a_round_trip(tmp_path) -> None:
     network, path = small(interpolation=3), tmp_path / "network.safetensors"
-    georeg.save(network, path, card={"trained_on": "nothing"})
+    georeg.save(network, path, card={"trained_on": "nothing", "method": "overwritten"})
     again = georeg.load(path)
     assert again.card["trained_on"] == "nothing"
     assert not again.training
@@ -448,9 +585,15 @@ def test_broken_weight_files_are_refused(tmp_path) -> None:
         georeg.load(path)
     with pytest.raises(OSError, match="missing"):
         georeg.load(tmp_path / "missing.safetensors")
-    georeg.save_weights(small(), path, {"method": "other"})
-    with pytest.raises(ValueError, match="georeg"):
-        georeg.load(path)
+    for card in (
+        {"method": "other"},
+        {"method": "georeg"},
+        {"method": "georeg", "settings": {"no_such": 1}},
+        {"method": "georeg", "settings": {"channels": [4, 6]}},
+    ):
+        save_weights(small(), path, card)
+        with pytest.raises(ValueError, match=f"path: wanted .* {path}"):
+            georeg.load(path)
 
 
 def test_fields_reach_full_resolution_by_the_pyramid_rule() -> None:

@@ -6,12 +6,19 @@ perspective", arXiv:2412.13294. Equation numbers below are the paper's.
 Each image becomes a pyramid of feature points by an encoder that never sees the other image. From
 coarse to fine, every point of the fixed grid looks at the moving features around phi(x) by an
 attention that knows their relative positions, and moves on. Between levels only displacements
-travel. Written for 2-D and 3-D alike; where it departs from the paper or its code:
+travel. Written for 2-D and 3-D alike. Where it departs from the paper (P) or its released code (C):
 
 - Queries sit on the *fixed* grid and neighbourhoods are gathered from the *moving* features, so
-  that features and field mean the same thing (the paper's words are the other way round, while
-  its loss samples the moving image as we do).
-- Relative positions are in voxels of the level, so a network does not depend on the image size.
+  that features and field mean the same thing (P and C say it the other way round, while their
+  loss samples the moving image as we do).
+- Of the fixed image a point sees its own feature only, whose receptive field the encoder makes;
+  there is no second attention over fixed neighbours and no global bottleneck (options of C).
+- After the attention come a skip connection, two LayerNorms and a small MLP before the head, as
+  in C; the equations of P end with the head.
+- The query is the encoder's feature at every level (P); C carries features from coarse to fine.
+- The similarity compares images pooled to each level (P); C samples the full moving image.
+- Relative positions are in voxels of the level, so a network does not depend on the image size,
+  and are clamped to the size of the neighbourhood.
 - What a level inherits are displacements, extrapolated linearly at the border.
 """
 
@@ -21,6 +28,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +39,7 @@ from torch import Tensor, nn
 from reglib.checks import (
     check_finite,
     check_image,
+    check_numbers,
     check_positive_int,
     check_same_shape,
 )
@@ -292,6 +301,16 @@ class Interpolation(nn.Module):
         return inherited + _grid(step, shape)
 
 
+def _counts(values: Sequence[int], name: str, length: int | None) -> Sequence[int]:
+    """Raise unless ``values`` are ``length`` integers of at least 0 (``None``: one or more)."""
+    if not isinstance(values, Sequence) or not all(isinstance(v, Integral) for v in values):
+        raise TypeError(f"{name}: wanted integers, one per level, got {values!r}")
+    if not values or (length is not None and len(values) != length) or min(values) < 0:
+        wanted = "one or more" if length is None else length
+        raise ValueError(f"{name}: wanted {wanted} integers of at least 0, got {values!r}")
+    return values
+
+
 class GeoReg(nn.Module):
     """Coarse-to-fine registration network on continuous coordinates.
 
@@ -301,7 +320,8 @@ class GeoReg(nn.Module):
         channels: of the encoder, finest level first; their number is the number of levels. Even.
         neighbourhoods: nodes along each axis that a point looks at, finest level first; 0 skips
             the refinement of a level (interpolation only), which the coarsest cannot do.
-        iterations: refinements of each level with shared weights, finest level first.
+        iterations: refinements of each level with shared weights, finest level first; 0 where
+            the neighbourhood is 0.
         interpolation: parents along each axis for the learned interpolation; 0 makes it linear.
         fourier_scale: standard deviation of the Fourier frequencies, in cycles per voxel.
         warp_features: resample the moving features at phi(x) instead of attending to them where
@@ -327,22 +347,21 @@ class GeoReg(nn.Module):
         if dimensions not in (2, 3):
             raise ValueError(f"dimensions: wanted 2 or 3, got {dimensions!r}")
         check_positive_int(inputs, "inputs")
-        if not channels or any(c < 2 or c % 2 for c in channels):
+        levels = len(_counts(channels, "channels", None))
+        if any(c < 2 or c % 2 for c in channels):
             raise ValueError(f"channels: wanted even numbers, one per level, got {channels!r}")
-        for name, values in (("neighbourhoods", neighbourhoods), ("iterations", iterations)):
-            if len(values) != len(channels) or any(v < 0 for v in values):
-                raise ValueError(
-                    f"{name}: wanted {len(channels)} numbers, one per level, got {values!r}"
-                )
-        if neighbourhoods[-1] < 1 or any(
-            i < 1 for i, k in zip(iterations, neighbourhoods, strict=True) if k
+        _counts(neighbourhoods, "neighbourhoods", levels)
+        _counts(iterations, "iterations", levels)
+        _counts([interpolation], "interpolation", 1)
+        if neighbourhoods[-1] == 0 or any(
+            (i == 0) != (k == 0) for i, k in zip(iterations, neighbourhoods, strict=True)
         ):
             raise ValueError(
-                "neighbourhoods, iterations: wanted at least one refinement at the coarsest level "
-                f"and wherever a neighbourhood is set, got {neighbourhoods!r} and {iterations!r}"
+                "neighbourhoods, iterations: wanted both 0 where a level is not refined, neither "
+                f"elsewhere, and the coarsest refined, got {neighbourhoods!r} and {iterations!r}"
             )
-        if interpolation < 0:
-            raise ValueError(f"interpolation: wanted 0 or more parents, got {interpolation!r}")
+        if not 0 < fourier_scale < math.inf:
+            raise ValueError(f"fourier_scale: wanted a positive number, got {fourier_scale!r}")
         #: What a file of weights says about them; empty for a new network.
         self.card: dict[str, Any] = {}
         #: The arguments, to build the same network again.
@@ -388,6 +407,16 @@ class GeoReg(nn.Module):
                 f"{name}: wanted sizes that are multiples of {self.size_multiple}, "
                 f"got {tuple(image.shape[2:])}"
             )
+        weight = next(self.parameters())
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"network: wanted weights in float32 or float64 (autocast lowers the precision "
+                f"where that is safe), got {weight.dtype}"
+            )
+        if image.device != weight.device:
+            raise ValueError(f"{name}: wanted it on {weight.device}, got {image.device}")
+        if image.dtype != weight.dtype and not torch.is_autocast_enabled(image.device.type):
+            raise TypeError(f"{name}: wanted {weight.dtype} like the weights, got {image.dtype}")
         check_finite(image, name)
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Output:
@@ -409,8 +438,12 @@ class GeoReg(nn.Module):
         both = self.encoder(torch.cat([moving, fixed]))
         features = [level.chunk(2) for level in both]  # (moving, fixed), finest first
         coarsest = features[-1][1]
-        # Coordinates stay in float32 under autocast.
-        field = torch.zeros_like(coarsest[:, : self.dimensions], dtype=moving.dtype)
+        # Coordinates never fall below single precision, whatever the images and autocast say.
+        field = torch.zeros(
+            (len(coarsest), self.dimensions, *coarsest.shape[2:]),
+            dtype=torch.promote_types(moving.dtype, torch.float32),
+            device=coarsest.device,
+        )
         stages: list[Stage] = []
         for level in reversed(range(len(features))):
             moving_features, fixed_features = features[level]
@@ -429,6 +462,16 @@ class GeoReg(nn.Module):
         return Output(field, tuple(stages))
 
 
+def _per_level(values: Sequence[float] | float, name: str, levels: int) -> tuple[float, ...]:
+    """One number per level, finest first."""
+    if isinstance(values, Real):
+        return (float(values),) * levels
+    numbers = check_numbers(values, name)
+    if len(numbers) != levels:
+        raise ValueError(f"{name}: wanted one number or {levels}, got {values!r}")
+    return numbers
+
+
 def objective(
     output: Output,
     moving: Tensor,
@@ -437,6 +480,7 @@ def objective(
     similarity: Callable[[Tensor, Tensor], Tensor] = ncc,
     regularity: Callable[[Tensor], Tensor] = bending,
     regularity_weight: Sequence[float] | float = 1.0,
+    level_weight: Sequence[float] | float = 1.0,
     deep_supervision: bool = True,
 ) -> dict[str, Tensor]:
     """Supervise every iterate of every level and every interpolated field (8 to 10).
@@ -449,26 +493,26 @@ def objective(
         fixed: of the same shape.
         similarity: of (warped, fixed) -> scalar, lower is better.
         regularity: of a field in voxels of its level -> scalar.
-        regularity_weight: one for all levels, or one per level, finest first.
+        regularity_weight: lambda, one for all levels or one per level, finest first.
+        level_weight: w_l of equation 10, for both terms, likewise.
         deep_supervision: ``False`` looks at the final field only (the control of the ablation).
 
     Returns:
         Terms ``"similarity"`` and ``"regularity"``, each summed over the supervised fields.
+
+    Raises:
+        TypeError, ValueError: if the weights are neither one number nor one per level.
     """
     levels = max(stage.level for stage in output.stages) + 1
     movings, fixeds = pyramid(moving, levels), pyramid(fixed, levels)
-    weights = (
-        (regularity_weight,) * levels
-        if isinstance(regularity_weight, int | float)
-        else tuple(regularity_weight)
-    )
-    if len(weights) != levels:
-        raise ValueError(f"regularity_weight: wanted {levels} numbers, got {weights}")
+    smoothness = _per_level(regularity_weight, "regularity_weight", levels)
+    importance = _per_level(level_weight, "level_weight", levels)
     stages = output.stages if deep_supervision else output.stages[-1:]
     terms: dict[str, list[Tensor]] = {"similarity": [], "regularity": []}
     for level, _, field in stages:
-        terms["similarity"].append(similarity(warp(movings[level], field), fixeds[level]))
-        terms["regularity"].append(weights[level] * regularity(field))
+        mismatch = similarity(warp(movings[level], field), fixeds[level])
+        terms["similarity"].append(importance[level] * mismatch)
+        terms["regularity"].append(importance[level] * smoothness[level] * regularity(field))
     return {name: torch.stack(values).sum() for name, values in terms.items()}
 
 
@@ -483,12 +527,13 @@ def save(network: GeoReg, path: str | Path, *, card: Mapping[str, object]) -> No
     Args:
         network: the network.
         path: file to write; an existing one is replaced, and never half-written.
-        card: what users of the weights must know (data, intensity range, training), JSON values.
+        card: what users of the weights must know (data, intensity range, training), JSON values;
+            ``method`` and ``settings`` are added.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    save_weights(network, path, {"method": "georeg", "settings": network.settings, **card})
+    save_weights(network, path, {**card, "method": "georeg", "settings": network.settings})
 
 
 def load(path: str | Path) -> GeoReg:
@@ -506,9 +551,14 @@ def load(path: str | Path) -> GeoReg:
     """
     state, card = load_weights(path)
     if card.get("method") != "georeg":
-        raise ValueError(f"path: wanted weights of method 'georeg', got {card.get('method')!r}")
-    network = GeoReg(**card["settings"])
-    network.load_state_dict(state)
+        raise ValueError(
+            f"path: wanted weights of method 'georeg', got {card.get('method')!r} in {path}"
+        )
+    try:
+        network = GeoReg(**card["settings"])
+        network.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"path: wanted a GeoReg network, got {path} ({error})") from error
     network.card = card
     return network.eval()
 
