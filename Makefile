@@ -7,6 +7,8 @@ PORT ?= 8000
 # Seconds that one notebook may take.
 NOTEBOOK_TIMEOUT ?= 600
 export NOTEBOOK_TIMEOUT
+# Characters in a line of a notebook: what a page shows without scrolling.
+NOTEBOOK_WIDTH := 86
 
 # The browser that looks at the book; empty leaves its tests out, except in CI.
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
@@ -38,12 +40,14 @@ test: $(READY) ## lint, types, unit tests, every notebook, the book, the book in
 
 lint: $(READY) ## ruff (lint and format) and mypy
 	@$(PY) -m ruff check .
-	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff format --check --exclude notebooks .
+	@$(PY) -m ruff format --check --line-length $(NOTEBOOK_WIDTH) notebooks
 	@$(PY) -m mypy
 
 fmt: $(READY) ## put code and notebooks into the house format
+	@$(PY) -m ruff format --exclude notebooks .
+	@$(PY) -m ruff format --line-length $(NOTEBOOK_WIDTH) notebooks
 	@$(PY) -m ruff check --fix .
-	@$(PY) -m ruff format .
 
 unit: $(READY) ## unit tests
 	@$(PY) -m pytest -q
