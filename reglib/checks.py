@@ -7,6 +7,8 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -57,6 +59,49 @@ def check_points(points: Tensor, name: str, dimensions: int) -> None:
         )
     if not points.is_floating_point():
         raise TypeError(f"{name}: wanted floating-point coordinates, got {_describe(points)}")
+
+
+def check_vectors(x: Tensor, name: str, batches: Sequence[int], n: int) -> None:
+    """Raise unless ``x`` is floating point and ``(B, n)``, with B one of ``batches``."""
+    check_tensor(x, name)
+    if x.ndim != 2 or x.shape[0] not in batches or x.shape[1] != n:
+        wanted = " or ".join(str((b, n)) for b in sorted(set(batches)))
+        raise ValueError(f"{name}: wanted shape {wanted}, got {_describe(x)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: wanted floating-point numbers, got {_describe(x)}")
+
+
+def check_label_maps(warped_labels: Tensor, fixed_labels: Tensor, labels: Sequence[int]) -> None:
+    """Raise unless both are label maps ``(B, 1, *S)`` of one shape and ``labels`` lists values."""
+    check_image(warped_labels, "warped_labels", floating=False)
+    check_image(fixed_labels, "fixed_labels", floating=False)
+    check_same_shape(warped_labels, fixed_labels, ("warped_labels", "fixed_labels"))
+    if warped_labels.shape[1] != 1:
+        raise ValueError(
+            f"warped_labels: wanted one channel (B, 1, *S), got {_describe(warped_labels)}"
+        )
+    if not check_numbers(labels, "labels"):
+        raise ValueError("labels: wanted at least one label value, got none")
+
+
+def check_matrix(
+    x: Tensor, name: str, *, dimensions: Sequence[int] = (2, 3), batches: Sequence[int] = ()
+) -> None:
+    """Raise unless ``x`` holds homogeneous matrices ``(B, D + 1, D + 1)``, finite and invertible.
+
+    D must be one of ``dimensions`` and B one of ``batches`` (empty: any).
+    """
+    check_tensor(x, name)
+    if x.ndim != 3 or x.shape[1] != x.shape[2] or x.shape[1] - 1 not in dimensions or 0 in x.shape:
+        wanted = " or ".join(f"(B, {d + 1}, {d + 1})" for d in dimensions)
+        raise ValueError(f"{name}: wanted homogeneous matrices {wanted}, got {_describe(x)}")
+    if batches and x.shape[0] not in batches:
+        wanted = " or ".join(map(str, sorted(set(batches))))
+        raise ValueError(f"{name}: wanted a batch of {wanted}, got {_describe(x)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: wanted a floating-point matrix, got {_describe(x)}")
+    for matrix in x:
+        check_affine(matrix, name, x.shape[1] - 1)
 
 
 def check_batch(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
@@ -133,3 +178,34 @@ def check_spacing(spacing: Sequence[float] | None, dimensions: int) -> tuple[flo
     if len(values) != dimensions or not all(0 < s < math.inf for s in values):
         raise ValueError(f"spacing: wanted {dimensions} positive numbers, got {values}")
     return values
+
+
+def check_affine(affine: object, name: str, dimensions: int) -> Tensor:
+    """Return an affine matrix ``(D+1, D+1)`` as a float64 tensor on the CPU.
+
+    Raises ``TypeError`` unless it is a tensor or an array of real numbers, ``ValueError`` unless
+    it is finite, invertible and ends with the row 0 ... 0 1.
+    """
+    if not isinstance(affine, (Tensor, np.ndarray)):
+        raise TypeError(f"{name}: wanted a tensor or an array, got {_describe(affine)}")
+    array = affine.detach().cpu().numpy() if isinstance(affine, Tensor) else affine
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{name}: wanted real numbers, got {_describe(affine)}")
+    matrix = torch.from_numpy(np.array(array, np.float64, order="C"))
+    size = dimensions + 1
+    if matrix.shape != (size, size):
+        raise ValueError(
+            f"{name}: wanted a {size} x {size} matrix for {dimensions} spatial axes, "
+            f"got {_describe(affine)}"
+        )
+    if not bool(matrix.isfinite().all()):
+        raise ValueError(f"{name}: wanted finite numbers, got {matrix.tolist()}")
+    if matrix[-1].tolist() != [0.0] * dimensions + [1.0]:
+        raise ValueError(f"{name}: wanted 0 ... 0 1 as its last row, got {matrix[-1].tolist()}")
+    lengths = matrix[:-1, :-1].norm(dim=0)
+    # Independent of the unit: the volume that the axes span, over that of a box of such sides.
+    if not bool(lengths.gt(0).all()) or abs(torch.linalg.det(matrix[:-1, :-1] / lengths)) < 1e-6:
+        raise ValueError(
+            f"{name}: wanted axes that span space, got the singular matrix {matrix.tolist()}"
+        )
+    return matrix

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from reglib.checks import check_finite, check_image
 from reglib.data.datasets import mnist, same_label_pairs
-from reglib.geometry import derivatives, fields, grid, sampling, smoothing
-from reglib.objectives import metrics, regularity, similarity
+from reglib.geometry import affine, derivatives, fields, grid, procrustes, sampling, smoothing
+from reglib.objectives import evaluation, metrics, regularity, similarity, surface
 from reglib.training import fit
 
 IMAGE = torch.rand(2, 1, 6, 5)
@@ -22,6 +22,19 @@ WEIGHT = torch.ones(2, 1, 6, 5)
 PAIR = {"warped": IMAGE, "fixed": IMAGE, "weight": WEIGHT, "reduction": "none"}
 REGULARISER = {"field": FIELD, "spacing": (1.0, 2.0), "reduction": "none"}
 PAIRS = [(IMAGE, IMAGE)]
+POINTS = torch.tensor([[0.0, 0.0], [9.0, 1.0], [2.0, 8.0], [5.0, 5.0]]).repeat(2, 1, 1)
+MATRIX = torch.eye(3).repeat(2, 1, 1)
+RIGID = {
+    "rotation": torch.zeros(2, 1),
+    "translation": torch.zeros(2, 2),
+    "centre": torch.zeros(1, 2),
+}
+SURFACE = {
+    "warped_labels": LABELS,
+    "fixed_labels": LABELS,
+    "labels": [1, 2],
+    "spacing": (1.0, 2.0),
+}
 
 
 class Blend(torch.nn.Module):
@@ -45,10 +58,12 @@ VALID = {
     grid.sample: {"image": IMAGE, "coords": FIELD, "mode": "linear", "padding": "zeros"},
     sampling.transform_grid: {"field": FIELD},
     sampling.warp: {"image": IMAGE, "field": FIELD, "padding": "zeros"},
-    sampling.warp_labels: {"labels": LABELS, "field": FIELD, "padding": "border"},
+    sampling.warp_labels: {"labels": LABELS, "field": FIELD, "mode": "linear", "padding": "border"},
     sampling.warp_points: {"fixed_points": torch.rand(2, 3, 2), "field": FIELD},
     fields.compose: {"a": FIELD, "b": FIELD},
     fields.integrate: {"velocity": FIELD, "steps": 3},
+    fields.invert: {"field": FIELD, "iterations": 3, "tolerance": 0.01},
+    fields.inverse_consistency: {"a": FIELD, "b": FIELD, "spacing": (1.0, 2.0)},
     fields.upsample_field: {"field": FIELD, "factor": 2, "shape": (12, 9)},
     fields.downsample_field: {"field": FIELD, "factor": 2},
     fields.resize_field_corners: {"field": FIELD, "shape": (4, 9)},
@@ -60,6 +75,19 @@ VALID = {
     smoothing.gaussian_smooth: {"x": IMAGE, "sigma": 1.0, "truncate": 3.0},
     smoothing.pool: {"image": IMAGE, "factor": 2},
     smoothing.pyramid: {"image": IMAGE, "levels": 2, "factor": 2},
+    affine.rigid_matrix: RIGID,
+    affine.affine_matrix: RIGID | {"log_scales": torch.zeros(2, 2), "shears": torch.zeros(2, 1)},
+    affine.affine_parameters: {"matrix": MATRIX, "centre": torch.zeros(1, 2)},
+    affine.grid_centre: {"affine": MATRIX[0], "shape": (6, 5)},
+    affine.transform_points: {"fixed_points": torch.rand(2, 3, 2), "matrix": MATRIX},
+    affine.affine_field: {
+        "matrix": MATRIX,
+        "fixed_affine": MATRIX[0],
+        "moving_affine": MATRIX[0],
+        "shape": (6, 5),
+    },
+    procrustes.fit_affine: {"fixed_points": POINTS, "moving_points": POINTS},
+    procrustes.fit_rigid: {"fixed_points": POINTS, "moving_points": POINTS, "scale": True},
     similarity.mae: PAIR,
     similarity.mse: PAIR,
     similarity.ncc: PAIR,
@@ -69,6 +97,30 @@ VALID = {
     regularity.total_variation: REGULARISER | {"smoothing": 1e-6},
     regularity.bending: REGULARISER,
     metrics.dice: {"warped_labels": LABELS, "fixed_labels": LABELS, "labels": [1, 2]},
+    metrics.tre: {
+        "warped_points": POINTS,
+        "moving_points": POINTS,
+        "spacing": (1.0, 2.0),
+        "reduction": "none",
+    },
+    metrics.ssim: {
+        "warped": IMAGE,
+        "fixed": IMAGE,
+        "data_range": 1.0,
+        "window": 3,
+        "sigma": 1.0,
+    },
+    metrics.jacobian_statistics: {"field": FIELD, "mask": WEIGHT},
+    surface.hd95: SURFACE,
+    surface.assd: SURFACE,
+    evaluation.evaluate: {
+        "labels": (LABELS, LABELS),
+        "points": (POINTS, POINTS),
+        "images": None,
+        "field": FIELD,
+        "mask": WEIGHT,
+        "spacing": (1.0, 2.0),
+    },
     metrics.affine_share: {"field": FIELD},
     metrics.spectral_centroid: {"field": FIELD},
     metrics.folding: {"field": FIELD, "mask": WEIGHT},
@@ -143,12 +195,39 @@ NO_WEIGHT = [
     (np.ones((2, 1, 6, 5)), TypeError),
     (torch.ones(2, 1, 6, 5, dtype=torch.complex64), TypeError),
 ]
+NO_MATRIX = [
+    *NO_TENSOR[:1],
+    (np.eye(3)[None], TypeError),
+    (torch.eye(3), ValueError),
+    (torch.eye(5)[None], ValueError),
+    (torch.zeros(0, 3, 3), ValueError),
+    (torch.ones(2, 2, 3), ValueError),
+    (torch.ones(2, 3, 3), ValueError),
+    (torch.eye(3, dtype=torch.long)[None], TypeError),
+    (torch.diag(torch.tensor([1.0, 0.0, 1.0]))[None], ValueError),
+    (torch.diag(torch.tensor([1.0, torch.nan, 1.0]))[None], ValueError),
+]
+NO_AFFINE = [
+    (None, TypeError),
+    (MATRIX, ValueError),
+    (torch.eye(4), ValueError),
+    (torch.ones(3, 3), ValueError),
+    (torch.diag(torch.tensor([1.0, 0.0, 1.0])), ValueError),
+]
+NO_POINTS = [
+    *NO_TENSOR,
+    (torch.rand(3, 2), ValueError),
+    (torch.rand(2, 3, 4), ValueError),
+    (torch.rand(2, 0, 2), ValueError),
+    (torch.ones(2, 3, 2, dtype=torch.long), TypeError),
+]
 NO_LABELS = [*NO_TENSOR, (torch.ones(6, 5, dtype=torch.long), ValueError)]
 OTHER_IMAGE = [
     (torch.rand(2, 1, 6, 4), ValueError),
     (torch.rand(1, 1, 6, 5), ValueError),
     (torch.rand(2, 2, 6, 5), ValueError),
 ]
+NO_VALUES = [([], ValueError), (1, TypeError), (["a"], TypeError)]
 SHAPE_OF = {
     fields.upsample_field: [((12, 8), ValueError), ((12, 9, 2), ValueError)],
     fields.resize_field_corners: [((4, 1), ValueError), ((4, 9, 2), ValueError)],
@@ -181,6 +260,26 @@ BAD = {
     "mode": NO_WORD,
     "padding": [*NO_WORD, ("reflection", ValueError)],
     "split": NO_WORD,
+    "rotation": [*NO_TENSOR, (torch.zeros(2, 3), ValueError), (torch.zeros(2), ValueError)],
+    "translation": [
+        *NO_TENSOR,
+        (torch.zeros(2), ValueError),
+        (torch.zeros(0, 2), ValueError),
+        (torch.zeros(2, 4), ValueError),
+        (torch.zeros(2, 2, dtype=torch.long), TypeError),
+    ],
+    "centre": [*NO_TENSOR, (torch.zeros(2), ValueError), (torch.zeros(3, 2), ValueError)],
+    "log_scales": [*NO_TENSOR, (torch.zeros(2, 1), ValueError), (torch.zeros(1, 2), ValueError)],
+    "shears": [*NO_TENSOR, (torch.zeros(2, 3), ValueError)],
+    "matrix": NO_MATRIX,
+    "affine": NO_AFFINE,
+    "fixed_affine": NO_AFFINE,
+    "moving_affine": NO_AFFINE,
+    "warped_points": NO_POINTS,
+    "moving_points": [*NO_POINTS, (torch.rand(2, 3, 2), ValueError)],
+    "iterations": NO_COUNT,
+    "tolerance": NO_SIZE,
+    "data_range": NO_SIZE,
     "steps": NO_COUNT,
     "factor": NO_COUNT,
     "levels": NO_COUNT,
@@ -211,7 +310,17 @@ BAD_OF = {
         (None, TypeError),
     ],
     (similarity.lncc, "sigma"): NO_SIZE,
-    (metrics.dice, "labels"): [([], ValueError), (1, TypeError), (["a"], TypeError)],
+    (metrics.dice, "labels"): NO_VALUES,
+    (surface.hd95, "labels"): NO_VALUES,
+    (surface.assd, "labels"): NO_VALUES,
+    (metrics.ssim, "sigma"): NO_SIZE,
+    (metrics.ssim, "window"): [*NO_COUNT, (4, ValueError), (7, ValueError)],
+    (evaluation.evaluate, "labels"): [(LABELS, TypeError), ((LABELS,), TypeError)],
+    (evaluation.evaluate, "points"): [(POINTS, TypeError), ((POINTS,), TypeError)],
+    (evaluation.evaluate, "images"): [(IMAGE, TypeError), ((IMAGE,), TypeError)],
+    (evaluation.evaluate, "field"): NO_FIELD[1:],
+    (procrustes.fit_affine, "fixed_points"): NO_POINTS,
+    (procrustes.fit_rigid, "fixed_points"): NO_POINTS,
     (metrics.nda, "field"): [*NO_FIELD, (VOLUME_FIELD, ValueError)],
     (metrics.ndv, "field"): [*NO_TENSOR, *NO_BATCH, (FIELD, ValueError)],
     (metrics.ndv, "mask"): [(torch.ones(2, 1, 5, 4, 3), ValueError)],
@@ -251,9 +360,11 @@ def test_bad_input_is_named(function, name, value, error):
 
 
 def test_no_public_function_is_missing_from_the_table():
-    modules = [grid, sampling, fields, derivatives, smoothing, similarity, regularity, metrics]
+    modules = [grid, sampling, fields, derivatives, smoothing, affine, procrustes]
+    modules += [similarity, regularity, metrics, surface, evaluation]
     # Shared between rooms of the library; their callers have checked.
     internal = {"check_window", "gaussian_sum", "reduce_batch"}
+    internal |= {"about", "no_autocast", "raise_precision"}
     for module in modules:
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and not name.startswith("_"):

@@ -9,8 +9,8 @@ import torch
 
 import reglib
 from reglib.data.datasets import same_label_pairs
-from reglib.geometry import derivatives, fields, grid, sampling, smoothing
-from reglib.objectives import metrics, regularity, similarity
+from reglib.geometry import affine, derivatives, fields, grid, procrustes, sampling, smoothing
+from reglib.objectives import metrics, regularity, similarity, surface
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SHAPES = [(5, 8), (4, 7, 6)]
@@ -35,8 +35,29 @@ def inputs(batch, shape, dtype=torch.float64, device="cpu"):
         other_labels=(3 * rand(1, *shape)).floor().long(),
         points=4 * rand(5, d),
         weight=rand(1, *shape),
+        rotation=rand(d * (d - 1) // 2),
+        shift=rand(d),
         shape=shape,
     )
+
+
+def rigid(x):
+    return affine.rigid_matrix(x.rotation, x.shift, centre=torch.ones_like(x.shift))
+
+
+def stretched(x):
+    """An affine matrix, with the same numbers for several parameters."""
+    log_scales, centre = x.shift / 2, torch.ones_like(x.shift)
+    return affine.affine_matrix(
+        x.rotation, x.shift, log_scales=log_scales, shears=x.rotation, centre=centre
+    )
+
+
+def slanted(d):
+    """Where the voxels of an image are: unequal spacing and a shear."""
+    grid_affine = torch.diag(torch.tensor([0.5, 2.0, 1.5][:d] + [1.0]))
+    grid_affine[0, 1], grid_affine[0, d] = 0.3, 7.0
+    return grid_affine
 
 
 def double(shape):
@@ -62,6 +83,19 @@ FUNCTIONS = {
     "jacobian": lambda x: derivatives.jacobian(x.a),
     "jacobian_det": lambda x: derivatives.jacobian_det(x.a),
     "digital_determinants": lambda x: derivatives.digital_determinants(x.a),
+    "invert": lambda x: fields.invert(x.a / 20, tolerance=1e-12).field,
+    "inverse_consistency": lambda x: fields.inverse_consistency(x.a, x.b),
+    "rigid_matrix": rigid,
+    "affine_matrix": stretched,
+    "affine_parameters": lambda x: torch.cat(
+        affine.affine_parameters(stretched(x), centre=x.shift), 1
+    ),
+    "transform_points": lambda x: affine.transform_points(x.points, rigid(x)),
+    "affine_field": lambda x: affine.affine_field(
+        rigid(x), slanted(len(x.shape)), torch.eye(len(x.shape) + 1), x.shape
+    ),
+    "fit_affine": lambda x: procrustes.fit_affine(x.points, x.points.flip(1)).matrix,
+    "fit_rigid": lambda x: procrustes.fit_rigid(x.points, x.points.roll(1, 1), scale=True).matrix,
     "box_sum": lambda x: smoothing.box_sum(x.moving, 3),
     "gaussian_smooth": lambda x: smoothing.gaussian_smooth(x.moving, 1.5),
     "pool": lambda x: smoothing.pool(x.moving, 2),
@@ -79,6 +113,14 @@ FUNCTIONS = {
 #: Those whose result has a dtype of its own.
 REPORTS = {
     "warp_labels": lambda x: sampling.warp_labels(x.labels, x.a),
+    "warp_labels linear": lambda x: sampling.warp_labels(x.labels, x.a, mode="linear"),
+    "hd95": lambda x: surface.hd95(x.labels, x.other_labels, labels=[0, 1, 2]),
+    "assd": lambda x: surface.assd(x.labels, x.other_labels, labels=[0, 1, 2]),
+    "tre": lambda x: metrics.tre(x.points, x.points.flip(1)),
+    "ssim": lambda x: metrics.ssim(x.moving, x.fixed, data_range=1.0, window=3),
+    "jacobian_statistics": lambda x: torch.stack(
+        metrics.jacobian_statistics(x.a, mask=x.weight), 1
+    ),
     "dice": lambda x: metrics.dice(x.labels, x.other_labels, labels=[0, 1, 2]),
     "affine_share": lambda x: metrics.affine_share(x.a),
     "spectral_centroid": lambda x: metrics.spectral_centroid(x.a),

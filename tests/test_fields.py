@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from scipy import ndimage
 
@@ -9,6 +10,8 @@ from reglib.geometry.fields import (
     compose,
     downsample_field,
     integrate,
+    inverse_consistency,
+    invert,
     resize_field_corners,
     upsample_field,
 )
@@ -231,4 +234,146 @@ def test_gradients_with_respect_to_every_field(shape):
     # One squaring of a nearly constant velocity: no sample comes near a voxel.
     assert torch.autograd.gradcheck(
         lambda v: integrate(0.4 + v * 0.1, steps=1), (small,), fast_mode=True
+    )
+
+
+def interior(shape, margin):
+    return (..., *(slice(margin, n - margin) for n in shape))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_identity_is_its_own_inverse(shape, batch):
+    still = torch.zeros(batch, len(shape), *shape)
+    found = invert(still)
+    assert found.field.equal(still)
+    assert found.error.equal(torch.zeros(batch))
+    assert found.converged.all()
+    assert inverse_consistency(still, still).equal(torch.zeros(batch, *shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_translation_is_taken_back(shape):
+    u = torch.full((2, len(shape), *shape), 1.5)
+    u[1] = 200
+    found = invert(u)
+    torch.testing.assert_close(found.field, -u)
+    # The second sample leaves the grid as a whole: nothing is known about its inverse.
+    assert found.error[0] < 1e-3
+    assert found.error[1].isnan()
+    assert found.converged.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("handed", [1.0, -0.3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_inverse_of_an_affine_map_is_that_of_its_matrix(shape, handed):
+    """Eigenvalues of u up to 2 and down to -0.6: plain fixed points diverge beyond 1."""
+    d = len(shape)
+    matrix = torch.diag(torch.tensor([2.0, 0.5, -0.3][:d], dtype=torch.float64)) * handed
+    matrix[0, 1], matrix[1, 0] = 0.2, -0.2
+    centre = torch.tensor([(n - 1) / 2 for n in shape], dtype=torch.float64)
+    u = affine_field(shape, matrix, -matrix @ centre)
+    eye = torch.eye(d, dtype=torch.float64)
+    back = torch.linalg.inv(eye + matrix) - eye
+    expected = affine_field(shape, back, -back @ centre)
+    found = invert(u, tolerance=1e-6, iterations=200)
+    source = identity_grid(shape, dtype=torch.float64) + expected
+    last = torch.tensor(shape).view(1, d, *(1,) * d) - 1
+    inside = ((source >= 0) & (source <= last)).all(1)[0]
+    assert inside.sum() > 20
+    torch.testing.assert_close(found.field[..., inside], expected[..., inside], rtol=0, atol=1e-5)
+    assert found.converged.all()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(("shape", "size"), [((64, 60), 3.0), ((24, 26, 22), 2.0)], ids=str)
+def test_the_error_is_what_composing_shows(shape, size, batch):
+    u = smooth_field(shape, size, batch=batch, tapered=True)
+    found = invert(u)
+    assert found.converged.all()
+    around = inverse_consistency(u, found.field)
+    torch.testing.assert_close(around.flatten(1).amax(1), found.error, rtol=0, atol=1e-12)
+    assert found.error.max() <= 1e-3
+    # The other way round the inverse is read between its voxels, at the price of interpolation.
+    assert inverse_consistency(found.field, u).max() < 0.2
+    tight = invert(u, tolerance=1e-9)
+    assert tight.converged.all()
+    assert tight.error.max() <= 1e-9
+
+
+@pytest.mark.parametrize(("shape", "tolerance"), [((64, 60), 0.08), ((24, 26, 22), 0.15)], ids=str)
+def test_the_inverse_of_exp_v_is_exp_of_minus_v(shape, tolerance):
+    """To what scaling and squaring itself is off by (see above)."""
+    velocity = smooth_field(shape, 3.0, batch=2, tapered=True)
+    found = invert(integrate(velocity)).field
+    torch.testing.assert_close(found, integrate(-velocity), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((64, 60), 3.0), ((24, 26, 22), 2.0)], ids=str)
+def test_the_inverse_equals_itk(shape, size):
+    u = smooth_field(shape, size, tapered=True)
+    vectors = np.ascontiguousarray(np.moveaxis(u[0].numpy()[::-1], 0, -1))
+    itk = sitk.InvertDisplacementField(
+        sitk.GetImageFromArray(vectors, isVector=True),
+        maximumNumberOfIterations=2000,
+        maxErrorToleranceThreshold=1e-6,
+        meanErrorToleranceThreshold=1e-9,
+    )
+    expected = np.moveaxis(sitk.GetArrayFromImage(itk), -1, 0)[::-1]
+    ours = invert(u, tolerance=1e-6).field[0].numpy()
+    inside = interior(shape, 4)
+    assert np.abs(ours[inside]).max() > size / 2
+    np.testing.assert_allclose(ours[inside], expected[inside], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_folded_map_has_no_inverse_and_that_is_said(shape):
+    """Sample 0 is smooth, sample 1 folds a third of the grid over, sample 2 is broken."""
+    u = smooth_field(shape, 1.0, batch=3, tapered=True)
+    u[1] = smooth_field(shape, 15.0, sigma=2.0)[0]
+    u[2, 0, 5, 5] = torch.nan
+    found = invert(u)
+    assert found.converged.tolist() == [True, False, False]
+    assert found.error[1] > 0.5
+    assert found.error[2].isnan()
+    # The others of a batch change nothing.
+    alone = invert(u[:1])
+    assert alone.field.equal(found.field[:1])
+    assert alone.error.equal(found.error[:1])
+
+
+def test_too_few_iterations_are_seen():
+    u = smooth_field((40, 36), 3.0)
+    found = invert(u, iterations=1)
+    assert not found.converged.any()
+    torch.testing.assert_close(found.field, -u)
+    assert (invert(u, iterations=2).error < found.error).all()
+
+
+def test_the_inverse_keeps_the_dtype_and_no_graph():
+    u = smooth_field((20, 16), 1.0).to(torch.bfloat16).requires_grad_()
+    found = invert(u)
+    assert found.field.dtype == torch.bfloat16
+    assert not found.field.requires_grad
+
+
+@pytest.mark.parametrize(("shape", "spacing"), [((9, 7), (2.0, 0.5)), ((6, 8, 5), (2.0, 0.5, 3.0))])
+def test_inverse_consistency_in_mm(shape, spacing):
+    """1 voxel there, 3 voxels back: 2 voxels too far along every axis."""
+    a = torch.ones(2, len(shape), *shape, dtype=torch.float64)
+    miss = inverse_consistency(a, -3 * a, spacing=spacing)
+    assert miss.shape == (2, *shape)
+    expected = 2 * sum(s**2 for s in spacing) ** 0.5
+    torch.testing.assert_close(miss, torch.full_like(miss, expected))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 6, 5)], ids=str)
+def test_inverse_consistency_has_gradients(shape):
+    rng = np.random.default_rng(0)
+    size = np.array(shape).reshape(-1, *(1,) * len(shape))
+    whole = rng.integers(0, size - 1, (2, len(shape), *shape))
+    b = torch.from_numpy(whole + rng.uniform(0.2, 0.8, whole.shape) - np.indices(shape))
+    a = torch.from_numpy(rng.random((2, len(shape), *shape)))
+    assert torch.autograd.gradcheck(
+        inverse_consistency, (a.requires_grad_(), b.requires_grad_()), fast_mode=True
     )

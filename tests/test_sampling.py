@@ -88,9 +88,91 @@ def test_warp_labels_equals_scipy_away_from_ties(shape, padding, dtype):
     np.testing.assert_array_equal(ours.double().numpy(), expected)
 
 
-def test_large_label_numbers_survive():
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_large_label_numbers_survive(mode):
     labels = torch.tensor([2**24 + 1, 2**31 + 3, 2**53 - 1, 0]).view(1, 1, 2, 2)
-    assert warp_labels(labels, torch.zeros(1, 2, 2, 2)).equal(labels)
+    assert warp_labels(labels, torch.zeros(1, 2, 2, 2), mode=mode).equal(labels)
+
+
+def largest_one_hot_share(labels, field, padding):
+    """All one-hot maps at once, warped by SciPy: what the loop over labels must come to."""
+    present = np.unique(np.append(labels, 0) if padding == "zeros" else labels)
+    at = np.indices(field.shape[2:]) + field
+    mode = PADDINGS[padding]
+    out = np.empty((len(labels), 1, *field.shape[2:]))
+    gap = np.empty(out.shape)
+    for b, x in enumerate(at):
+        shares = np.stack(
+            [
+                ndimage.map_coordinates(
+                    (labels[b, 0] == k) * 1.0, x, order=1, mode=mode, cval=float(k == 0)
+                )
+                for k in present
+            ]
+        )
+        out[b, 0] = present[shares.argmax(0)]
+        gap[b, 0] = np.diff(np.sort(shares, 0)[-2:], axis=0)[0]
+    return out, gap
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("lowest", [0, 1, -2])
+def test_linear_labels_take_the_largest_share(shape, padding, dtype, lowest):
+    _, field = random_case(shape)
+    labels = np.random.default_rng(4).integers(
+        max(lowest, 0 if dtype == torch.uint8 else -9), 4, (2, 1, *shape)
+    )
+    ours = warp_labels(
+        torch.from_numpy(labels).to(dtype), torch.from_numpy(field), mode="linear", padding=padding
+    )
+    assert ours.dtype == dtype
+    expected, gap = largest_one_hot_share(labels, field, padding)
+    clear = gap > 1e-3
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(ours.double().numpy()[clear], expected[clear])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_linear_labels_at_voxel_centres_are_exact(shape, batch, padding):
+    labels = torch.from_numpy(np.random.default_rng(4).integers(0, 99, (batch, 2, *shape)))
+    field = torch.zeros(batch, len(shape), *shape)
+    assert warp_labels(labels, field, mode="linear", padding=padding).equal(labels)
+    field[:, 0] = 1
+    moved = warp_labels(labels, field, mode="linear", padding=padding)
+    assert moved[:, :, :-1].equal(labels[:, :, 1:])
+    assert moved[:, :, -1:].equal(labels[:, :, -1:] * (padding == "border"))
+
+
+def test_a_tie_goes_to_the_nearest_voxel():
+    """At 0.4 of the way 3 has 0.6; with two voxels of 5 around, three ways tie or nearly."""
+    labels = torch.tensor([3, 3, 5, 5]).view(1, 1, 4, 1).expand(1, 1, 4, 4)
+    half = torch.zeros(1, 2, 4, 4)
+    half[:, 0, 1] = 0.5
+    nearest = warp_labels(labels, half)
+    assert warp_labels(labels, half, mode="linear").equal(nearest)
+    half[:, 0, 1] = 0.4
+    assert warp_labels(labels, half, mode="linear")[0, 0, 1].eq(3).all()
+    half[:, 0, 1] = 0.6
+    assert warp_labels(labels, half, mode="linear")[0, 0, 1].eq(5).all()
+
+
+def test_a_majority_beats_the_nearest_voxel():
+    """Nearest is a lone 1 with a share of 0.36; the three 2 around it hold 0.64 together."""
+    labels = torch.tensor([[1, 2], [2, 2]]).view(1, 1, 2, 2)
+    field = torch.zeros(1, 2, 2, 2)
+    field[0, :, 0, 0] = 0.4
+    assert warp_labels(labels, field)[0, 0, 0, 0] == 1
+    assert warp_labels(labels, field, mode="linear")[0, 0, 0, 0] == 2
+
+
+def test_linear_labels_must_be_finite():
+    labels = torch.tensor([0.0, 1.0, torch.nan, 2.0]).view(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"^labels: wanted finite values, got 1 NaN"):
+        warp_labels(labels, torch.zeros(1, 2, 2, 2), mode="linear")
 
 
 def test_a_landmark_travels_from_fixed_to_moving_by_hand():

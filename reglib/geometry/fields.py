@@ -1,14 +1,23 @@
-"""Algebra of displacement fields ``(B, D, *S)`` in voxels: compose, integrate, change grid."""
+"""Algebra of displacement fields ``(B, D, *S)`` in voxels: compose, integrate, invert, resize."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from reglib.checks import check_field, check_positive_int, check_same_shape, check_shape
-from reglib.geometry.sampling import warp
+from reglib.checks import (
+    check_field,
+    check_positive_int,
+    check_same_shape,
+    check_shape,
+    check_spacing,
+)
+from reglib.geometry.grid import voxel_to_unit
+from reglib.geometry.sampling import transform_grid, warp
 
 
 def compose(a: Tensor, b: Tensor) -> Tensor:
@@ -52,6 +61,87 @@ def integrate(velocity: Tensor, *, steps: int = 7) -> Tensor:
     for _ in range(steps):
         field = compose(field, field)
     return field.to(velocity.dtype)
+
+
+class Inverse(NamedTuple):
+    """An inverse field and how well it inverts.
+
+    ``field`` is ``(B, D, *S)`` in voxels; ``error`` ``(B,)`` is the largest ``|phi(psi(x)) - x|``
+    in voxels over those x whose psi(x) is inside the grid, NaN if there are none; ``converged``
+    ``(B,)`` says whether that is within the tolerance.
+    """
+
+    field: Tensor
+    error: Tensor
+    converged: Tensor
+
+
+@torch.no_grad()
+def invert(field: Tensor, *, iterations: int = 100, tolerance: float = 1e-3) -> Inverse:
+    """The field of psi with ``phi(psi(x)) = x``, by a damped fixed-point iteration.
+
+    Every voxel follows ``v <- v - s (v + u(x + v))``, where the step ``s`` starts at 1 and is
+    halved whenever the error would grow. Where phi folds, or turns by more than a right angle, no
+    step helps: the error stays large, and that is the answer. Only voxels that come from inside
+    the grid count, since ``u`` is not known elsewhere (it is clamped). No gradient is kept.
+
+    Args:
+        field: displacement ``u``, ``(B, D, *S)`` in voxels.
+        iterations: at most so many; each samples the field once.
+        tolerance: stop a sample when its largest error is below this, in voxels.
+
+    Returns:
+        The inverse field, its error and whether it converged, per sample.
+
+    Raises:
+        TypeError, ValueError: if ``field`` is no field, ``iterations`` no positive integer or
+            ``tolerance`` no positive number.
+
+    Chen et al., Medical Physics 2008, doi:10.1118/1.2816107.
+    """
+    check_field(field, "field")
+    check_positive_int(iterations, "iterations")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance: wanted a positive number of voxels, got {tolerance!r}")
+    u = field.to(torch.promote_types(field.dtype, torch.float32))
+    v = torch.zeros_like(u)
+    rest, miss = u, torch.linalg.vector_norm(u, dim=1, keepdim=True)
+    step = torch.ones_like(miss)
+    for _ in range(iterations):
+        # A sample that is done stays as it is, whatever the others of its batch still need.
+        going = miss.flatten(1).amax(1).view(-1, *(1,) * (u.ndim - 1)) > tolerance
+        if not bool(going.any()):
+            break
+        trial = v - step * rest
+        trial_rest = compose(u, trial)
+        trial_miss = torch.linalg.vector_norm(trial_rest, dim=1, keepdim=True)
+        better = going & (trial_miss < miss)
+        v, rest = torch.where(better, trial, v), torch.where(better, trial_rest, rest)
+        miss, step = torch.where(better, trial_miss, miss), torch.where(better, step, step / 2)
+    outside = voxel_to_unit(transform_grid(v), u.shape[2:]).abs().amax(1, keepdim=True) > 1
+    error = miss.masked_fill(outside, -1).flatten(1).amax(1)
+    error = torch.where(error < 0, torch.nan, error)
+    return Inverse(v.to(field.dtype), error, error <= tolerance)
+
+
+def inverse_consistency(a: Tensor, b: Tensor, *, spacing: Sequence[float] | None = None) -> Tensor:
+    """How far there and back misses: the length of ``phi_a(phi_b(x)) - x`` at every voxel.
+
+    Args:
+        a: displacement ``(B, D, *S)`` in voxels.
+        b: displacement of the same shape, meant to undo ``a``.
+        spacing: mm per voxel, axis order, for an error in mm; ``None`` gives voxels.
+
+    Returns:
+        ``(B, *S)``, 0 where b undoes a. Near the border, paths that leave the grid follow the
+        clamped field.
+
+    Raises:
+        TypeError, ValueError: unless both are fields of the same shape and ``spacing`` fits them.
+    """
+    around = compose(a, b)
+    size = torch.tensor(check_spacing(spacing, a.shape[1]), dtype=a.dtype, device=a.device)
+    return torch.linalg.vector_norm(around * size.view(1, -1, *(1,) * (a.ndim - 2)), dim=1)
 
 
 def _interpolate_axis(x: Tensor, positions: Tensor, axis: int) -> Tensor:

@@ -9,8 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reglib.checks import check_batch, check_field, check_image, check_points
+from reglib.checks import (
+    check_batch,
+    check_choice,
+    check_field,
+    check_finite,
+    check_image,
+    check_points,
+)
 from reglib.geometry.grid import identity_grid, sample
+
+#: Shares of labels closer together than this are tied.
+TIE = 1e-4
 
 
 def transform_grid(field: Tensor) -> Tensor:
@@ -44,12 +54,19 @@ def warp(image: Tensor, field: Tensor, *, padding: str = "border") -> Tensor:
     return sample(image, transform_grid(field), padding=padding)
 
 
-def warp_labels(labels: Tensor, field: Tensor, *, padding: str = "zeros") -> Tensor:
-    """Pull a label map back with nearest-neighbour interpolation: no label is invented.
+def warp_labels(
+    labels: Tensor, field: Tensor, *, mode: str = "nearest", padding: str = "zeros"
+) -> Tensor:
+    """Pull a label map back; no label is invented.
+
+    ``"nearest"`` takes the label of the nearest voxel. ``"linear"`` gives every label the share
+    that linear interpolation of its one-hot map would give it, and takes the largest: smoother
+    outlines for as many samplings as there are labels. A tie goes to the nearest voxel.
 
     Args:
         labels: the moving labels ``(B, C, *T)``, any real dtype.
         field: displacement ``(B, D, *S)`` on the fixed grid, in voxels.
+        mode: ``"nearest"`` (default) or ``"linear"``.
         padding: outside the moving labels, ``"zeros"`` (default, background) or ``"border"``.
 
     Returns:
@@ -60,11 +77,37 @@ def warp_labels(labels: Tensor, field: Tensor, *, padding: str = "zeros") -> Ten
     """
     check_image(labels, "labels", floating=False)
     check_field(field, "field")
+    check_choice(mode, "mode", ("nearest", "linear"))
     check_batch(labels, field, ("labels", "field"))
     # float64 holds every label up to 2**53 exactly.
     values = labels.to(torch.float64)
     out = sample(values, transform_grid(field.double()), mode="nearest", padding=padding)
+    if mode == "linear":
+        out = _largest_share(values, transform_grid(field), out, padding)
     return out.to(labels.dtype)
+
+
+def _largest_share(labels: Tensor, coords: Tensor, nearest: Tensor, padding: str) -> Tensor:
+    """The label of the largest linear share, one label at a time: no one-hot volume is built."""
+    check_finite(labels, "labels")
+    out = nearest.clone()
+    largest = torch.full_like(nearest, -1, dtype=coords.dtype)
+    present = torch.unique(labels).tolist()
+    if padding == "zeros" and 0 not in present:
+        present.append(0.0)
+    for label in present:
+        # Outside, zeros mean that the label is 0: background is what no other label claims.
+        background = label == 0 and padding == "zeros"
+        claimed = (labels != 0) if background else (labels == label)
+        share = sample(claimed.to(coords.dtype), coords, padding=padding)
+        if background:
+            share = 1 - share
+        # More than the rounding of the weights: what remains tied falls to the nearest voxel.
+        share += TIE * (nearest == label)
+        larger = share > largest
+        largest = torch.where(larger, share, largest)
+        out = out.masked_fill_(larger, label)
+    return out
 
 
 def warp_points(fixed_points: Tensor, field: Tensor) -> Tensor:
