@@ -5,9 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import SimpleITK as sitk
 import torch
 
 import reglib
+from reglib.data import nifti
 from reglib.data.datasets import same_label_pairs
 from reglib.geometry import affine, derivatives, fields, grid, procrustes, sampling, smoothing
 from reglib.objectives import metrics, regularity, similarity, surface
@@ -310,6 +312,17 @@ def test_rule_10_spacing_is_mm_per_voxel_in_axis_order(shape, spacing):
     torch.testing.assert_close(regularity.diffusion(u, spacing=spacing).item(), expected)
 
 
+def test_rule_10_fields_on_disk_are_lps_millimetres(tmp_path):
+    """One voxel along axis 0 of a grid whose axis 0 points to the left, 3 mm apart."""
+    affine = torch.diag(torch.tensor([-3.0, 2.0, 1.0, 1.0], dtype=torch.float64))
+    u = torch.zeros(1, 3, 4, 5, 6, dtype=torch.float64)
+    u[:, 0] = 1.0
+    nifti.write_field(tmp_path / "field.nii.gz", u, affine)
+    field = sitk.ReadImage(str(tmp_path / "field.nii.gz"), sitk.sitkVectorFloat64)
+    moved = sitk.DisplacementFieldTransform(field).TransformPoint((0.0, 0.0, 0.0))
+    assert moved == pytest.approx((3.0, 0.0, 0.0))  # to the left is positive in LPS
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rule_11_rows_of_the_jacobian_are_components_and_columns_axes(shape):
     u, matrix, _ = linear_field(shape)
@@ -394,3 +407,23 @@ def test_rule_14_two_runs_give_the_same_bits_on_the_cpu(shape, device):
     # On CUDA the backward pass of grid_sample adds up in any order: single-precision rounding.
     tolerance = 0 if device == "cpu" else 1e-5
     torch.testing.assert_close(gradients(), gradients(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rule_15_rigid_is_rigid_in_millimetres_and_not_cut_off(shape):
+    d = len(shape)
+    spacing = torch.tensor([3.0, 1.0, 2.0][:d], dtype=torch.float64)
+    image = torch.diag(torch.cat([spacing, torch.ones(1, dtype=torch.float64)]))
+    angle = torch.zeros(1, d * (d - 1) // 2, dtype=torch.float64)
+    angle[:, -1] = 1.0
+    far = torch.full((1, d), 40.0, dtype=torch.float64)
+    matrix = affine.rigid_matrix(angle, far, centre=torch.zeros(1, d, dtype=torch.float64))
+    field = affine.affine_field(matrix, image, image, shape)
+    mm = spacing.view(1, d, *(1,) * d)
+    before = (grid.identity_grid(shape, dtype=torch.float64) * mm).flatten(2)[0].T
+    after = (sampling.transform_grid(field) * mm).flatten(2)[0].T
+    torch.testing.assert_close(torch.pdist(after), torch.pdist(before))
+    # Forty millimetres are more than the whole grid: no voxel was held back at the border.
+    assert (after - before).norm(dim=1).min() > 20
+    voxels = sampling.transform_grid(field).flatten(2)[0].T
+    assert not torch.allclose(torch.pdist(voxels), torch.pdist(before) / spacing[0])
