@@ -579,35 +579,40 @@ def georeg_inheritance() -> Figure:
 # ------------------------------------------------------------------------------------ the README
 
 
-def draw_readme(path: Path, *, digit: int = 3, pair: int = 0) -> None:
-    """Draw moving, fixed, warped and the grid of phi for test digits, by pretrained GeoReg.
+def draw_readme(path: Path, *, fixed: int = 283) -> None:
+    """Draw a registration by the pretrained GeoReg: the images, and the grid of phi level by level.
 
     Args:
         path: File to write, PNG.
-        digit: Digit of both images.
-        pair: Which two test images of that digit: the ``2 pair``-th and the one after it.
+        fixed: Test digit of the sample; the next one of its class is the moving image.
     """
     from reglib.data.datasets import mnist
-    from reglib.methods.georeg import load_pretrained
+    from reglib.methods.georeg import load_pretrained, to_full_resolution
 
     images, digits = mnist("test")
-    chosen = images[digits == digit][2 * pair : 2 * pair + 2]
-    moving, fixed = chosen[:1], chosen[1:]
+    same = torch.nonzero(digits == digits[fixed]).flatten()
+    moving = images[same[same > fixed][:1]]
+    target = images[fixed : fixed + 1]
     with torch.no_grad():
-        field = load_pretrained().eval()(moving, fixed).field
+        output = load_pretrained()(moving, target)
+    last = {stage.level: to_full_resolution(stage, (28, 28)) for stage in output.stages}
     with plt.style.context(STYLE):
-        figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.75))
-        panels = {
-            "moving": (moving, MOVING),
-            "fixed": (fixed, FIXED),
-            "warped = moving(x + u(x))": (warp(moving, field), WARPED),
-            "φ(x) = x + u(x) on moving": (moving, WARPED),
-        }
-        for ax, (title, (picture, colour)) in zip(axes, panels.items(), strict=True):
+        figure, axes = plt.subplots(1, 6, figsize=(12, 2.3))
+        panels = [
+            ("moving", moving, MOVING, None),
+            ("fixed", target, FIXED, None),
+            *(
+                (f"φ, level {level} ({28 >> level} × {28 >> level})", moving, MOVING, field)
+                for level, field in last.items()
+            ),
+            ("warped = moving(φ)", warp(moving, output.field), WARPED, None),
+        ]
+        for ax, (title, picture, colour, field) in zip(axes, panels, strict=True):
             show.image(picture, ax=ax)
             ax.set_title(title)
             ax.spines[:].set(visible=True, color=colour, linewidth=2.5)
-        show.deformed_grid(field, step=1, ax=axes[-1])
+            if field is not None:
+                show.deformed_grid(field, step=2, ax=ax)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
         plt.close(figure)
