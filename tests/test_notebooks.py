@@ -143,6 +143,11 @@ def test_anchors_inside_the_page_exist(path):
         assert anchor in known
 
 
+def test_no_placeholder_is_left(path):
+    text = "\n".join(sources(path, "markdown") + sources(path, "code"))
+    assert not re.search(r"\b[A-Z]{3,}_[A-Z]{3,}\b|\bTBD\b|lorem ipsum", text)
+
+
 def test_plain_markdown_only(path):
     text = "\n\n".join(sources(path, "markdown"))
     assert not re.search(r"^\s*(?:`{3,}|:{3,})\{", text, flags=re.MULTILINE), "MyST directive"
