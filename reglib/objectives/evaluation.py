@@ -88,16 +88,16 @@ def evaluate(
     """Measure whatever is given, with the definitions of the single functions.
 
     Args:
-        labels: (warped, fixed) label maps ``(B, 1, *S)``, integers, for :func:`~reglib.objectives.metrics.dice`,
-            :func:`~reglib.objectives.surface.hd95` (area-weighted surfaces) and :func:`~reglib.objectives.surface.assd` (boundary voxels) of every
+        labels: (warped, fixed) label maps ``(B, 1, *S)``, integers, for ``dice``,
+            ``hd95`` (area-weighted surfaces) and ``assd`` (boundary voxels) of every
             label but 0 that occurs.
-        points: (warped, moving) landmarks ``(B, N, D)`` for :func:`~reglib.objectives.metrics.tre`: the fixed landmarks
+        points: (warped, moving) landmarks ``(B, N, D)`` for ``tre``: the fixed landmarks
             after ``warp_points``, and their true places. In mm if ``spacing`` is given, else in
             voxels.
-        images: (warped, fixed) images ``(B, C, *S)`` for :func:`~reglib.objectives.metrics.ssim`, whose data range is that of
+        images: (warped, fixed) images ``(B, C, *S)`` for ``ssim``, whose data range is that of
             each fixed image.
-        field: displacement ``(B, D, *S)`` in voxels for :func:`~reglib.objectives.metrics.jacobian_statistics` and NDV (in
-            2-D the area, :func:`~reglib.objectives.metrics.nda`).
+        field: displacement ``(B, D, *S)`` in voxels for ``jacobian_statistics`` and NDV (in
+            2-D the area, ``nda``).
         mask: ``(B, 1, *S)``; only there is the field looked at.
         spacing: mm per voxel of the fixed grid, axis order, for distances in mm.
 
