@@ -102,7 +102,7 @@ class Image:
 
     @property
     def orientation(self) -> str:
-        """Where the array axes point, to the nearest letter, as ``"RAS"``, ``"LPS"`` or ``"PR"``."""
+        """Where the array axes point, to the nearest letter, as ``"RAS"`` or ``"PR"``."""
         return "".join(nib.aff2axcodes(self.affine.numpy(), ("LR", "PA", "IS")))
 
     def __repr__(self) -> str:
