@@ -5,6 +5,7 @@ coordinates of 100 mm. Tolerances against other programs are that or what the is
 for, 1e-4 of the intensity range and 1e-3 mm.
 """
 
+import contextlib
 import errno
 import gzip
 import os
@@ -1055,21 +1056,25 @@ WRITERS = {
 }
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """The system stops writing after 4 kB of any file, as a full disk does in the middle of one."""
+    """The system stops writing after 4 kB of any file, as a full disk does in the middle of one.
+
+    Of any file: pytest's own output is one where it is redirected, so this is held only briefly.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.usefixtures("full_disk")
 def test_a_disk_that_fills_up_leaves_the_old_file_whole(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"old")
-    with pytest.raises(OSError, match=f"nothing was written: '.*{name}'"):
+    with full_disk(), pytest.raises(OSError, match=f"nothing was written: '.*{name}'"):
         WRITERS[name](path)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == [name]
