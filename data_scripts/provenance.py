@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from reglib.data.files import write_bytes
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,6 +49,4 @@ def provenance() -> dict[str, object]:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON through a temporary file, so that a stopped script leaves the old one whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())

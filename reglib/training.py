@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from reglib.checks import check_positive_int
+from reglib.data.files import write_bytes
 
 #: What a network returns, the moving and the fixed image -> named terms of the loss.
 Objective = Callable[[Any, Tensor, Tensor], Mapping[str, Tensor]]
@@ -123,15 +123,9 @@ def save_weights(network: nn.Module, path: str | Path, card: Mapping[str, object
         OSError: if the file cannot be written; nothing is left behind.
         TypeError: if the card is not JSON.
     """
-    path = Path(path)
     metadata = {key: json.dumps(value) for key, value in card.items()}
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(save(state, metadata))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_bytes(path, save(state, metadata))
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
