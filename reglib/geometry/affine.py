@@ -26,6 +26,7 @@ from reglib.checks import (
     check_tensor,
     check_vectors,
 )
+from reglib.geometry.grid import no_autocast
 
 #: The planes in which the components of a rotation turn: the first axis towards the second.
 _PLANES = {2: ((0, 1),), 3: ((1, 2), (2, 0), (0, 1))}
@@ -38,11 +39,6 @@ class AffineParameters(NamedTuple):
     translation: Tensor
     log_scales: Tensor
     shears: Tensor
-
-
-def no_autocast(x: Tensor) -> torch.autocast:
-    """A context in which products of matrices are not rounded to half precision."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
 
 
 def raise_precision(*tensors: Tensor) -> list[Tensor]:

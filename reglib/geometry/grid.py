@@ -84,6 +84,11 @@ def unit_to_voxel(coords: Tensor, shape: Sequence[int]) -> Tensor:
     return (coords + 1) / 2 * last
 
 
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A context on the device of ``x`` in which nothing is rounded to half precision."""
+    return torch.autocast(device_type=x.device.type, enabled=False)
+
+
 def sample(
     image: Tensor, coords: Tensor, *, mode: str = "linear", padding: str = "border"
 ) -> Tensor:
@@ -123,7 +128,7 @@ def sample(
         offset = torch.tensor(pad[::2], dtype=work, device=coords.device)
         coords = coords + offset.view(1, -1, *(1,) * (coords.ndim - 2))
     shape = image.shape[2:]
-    with torch.autocast(device_type=image.device.type, enabled=False):
+    with no_autocast(image):
         unit = voxel_to_unit(coords.to(work), shape)
         # grid_sample wants the components last and in reversed axis order.
         grid = unit.movedim(1, -1).flip(-1)

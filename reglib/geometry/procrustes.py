@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reglib.checks import check_finite, check_points, check_same_shape, check_tensor
-from reglib.geometry.affine import about, no_autocast, raise_precision, transform_points
+from reglib.geometry.affine import about, raise_precision, transform_points
+from reglib.geometry.grid import no_autocast
 
 
 class PointFit(NamedTuple):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reglib.checks import check_choice, check_image, check_same_shape, check_weight
+from reglib.geometry.grid import no_autocast
 from reglib.geometry.smoothing import box_sum, check_window, gaussian_sum
 
 #: Local variances below this share of the whole image's variance count as flat.
@@ -47,10 +48,6 @@ def _prepare(
         weight = weight.to(work)
         warped, fixed = (x.where(weight > 0, torch.zeros_like(x)) for x in (warped, fixed))
     return warped.to(work), fixed.to(work), weight
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(device_type=x.device.type, enabled=False)
 
 
 def _mean(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -90,7 +87,7 @@ def mae(
         TypeError, ValueError: if the inputs are no images of one shape, or ``weight`` does not fit.
     """
     w, f, weight = _prepare(warped, fixed, weight)
-    with _no_autocast(w):
+    with no_autocast(w):
         return reduce_batch(_mean((w - f).abs(), weight), reduction)
 
 
@@ -99,7 +96,7 @@ def mse(
 ) -> Tensor:
     """Mean squared error, mean (w - f)^2. Arguments, result and errors as :func:`mae`."""
     w, f, weight = _prepare(warped, fixed, weight)
-    with _no_autocast(w):
+    with no_autocast(w):
         return reduce_batch(_mean((w - f).square(), weight), reduction)
 
 
@@ -111,7 +108,7 @@ def ncc(
     A constant image has r = 0. Arguments, result and errors as :func:`mae`.
     """
     w, f, weight = _prepare(warped, fixed, weight)
-    with _no_autocast(w):
+    with no_autocast(w):
         w, variance_w = _centre(w, weight)
         f, variance_f = _centre(f, weight)
         r = _mean(w * f, weight) * variance_w.rsqrt() * variance_f.rsqrt()
@@ -228,7 +225,7 @@ def lncc(
         # Relative to the largest, so that its scale does not matter to the clamp of local sums.
         largest = weight.detach().amax(tuple(range(1, weight.ndim)), keepdim=True)
         weight = weight.detach() / largest.where(largest > 0, torch.ones_like(largest))
-    with _no_autocast(w):
+    with no_autocast(w):
         w, variance_w = _centre(w, weight)
         f, variance_f = _centre(f, weight)
         floors = (FLAT * variance_w).detach(), (FLAT * variance_f).detach()
@@ -244,7 +241,7 @@ def soft_dice(
     A channel that is empty in both gives 0. Arguments, result and errors as :func:`mae`.
     """
     w, f, weight = _prepare(warped, fixed, weight)
-    with _no_autocast(w):
+    with no_autocast(w):
         overlap, total = 2 * _mean(w * f, weight), _mean(w + f, weight)
         empty = total <= 0
         score = overlap / total.where(~empty, torch.ones_like(total))
