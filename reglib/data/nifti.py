@@ -115,8 +115,8 @@ class Image:
 # --- Points ---------------------------------------------------------------------------------
 
 
-def _to_lps(dimensions: int) -> Tensor:
-    """Signs that turn RAS vectors into LPS ones, and back."""
+def to_lps(dimensions: int) -> Tensor:
+    """Signs ``(D,)`` that turn RAS vectors into LPS ones, and back; float64."""
     return torch.tensor([-1.0, -1.0, 1.0][:dimensions], dtype=torch.float64)
 
 
@@ -139,7 +139,7 @@ def voxel_to_world(points: Tensor, affine: Tensor, *, space: str = "ras") -> Ten
     matrix = check_affine(affine, "affine", d)
     # On the CPU, as not every device has float64.
     world = points.cpu().double() @ matrix[:d, :d].T + matrix[:d, d]
-    return (world * _to_lps(d) if space == "lps" else world).to(points)
+    return (world * to_lps(d) if space == "lps" else world).to(points)
 
 
 def world_to_voxel(points: Tensor, affine: Tensor, *, space: str = "ras") -> Tensor:
@@ -149,7 +149,7 @@ def world_to_voxel(points: Tensor, affine: Tensor, *, space: str = "ras") -> Ten
     inverse = torch.linalg.inv(check_affine(affine, "affine", d))
     world = points.cpu().double()
     if space == "lps":
-        world = world * _to_lps(d)
+        world = world * to_lps(d)
     return (world @ inverse[:d, :d].T + inverse[:d, d]).to(points)
 
 
@@ -400,7 +400,7 @@ def write_field(
         vectors = _apply(moving, transform_grid(u)) - _apply(
             fixed, transform_grid(torch.zeros_like(u))
         )
-    vectors = vectors * _to_lps(d).view(1, d, *(1,) * d)
+    vectors = vectors * to_lps(d).view(1, d, *(1,) * d)
     # The axes of a file are three of space, one of time, then the components.
     values = vectors[0].movedim(0, -1).numpy()
     values = values.reshape(*field.shape[2:], *(1,) * (4 - d), d)
@@ -446,7 +446,7 @@ def read_field(path: str | Path) -> tuple[Tensor, Tensor]:
     vectors = torch.from_numpy(values.reshape(*shape, d).astype(np.float64)).movedim(-1, 0)
     check_finite(vectors, str(path))
     if intent == _VECTOR:
-        vectors = vectors * _to_lps(d).view(d, *(1,) * d)
+        vectors = vectors * to_lps(d).view(d, *(1,) * d)
     u = torch.einsum("ij,j...->i...", torch.linalg.inv(affine[:d, :d]), vectors).unsqueeze(0)
     return u.contiguous().to(torch.float64 if values.dtype == np.float64 else torch.float32), affine
 

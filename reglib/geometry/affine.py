@@ -20,6 +20,7 @@ from torch import Tensor
 
 from reglib.checks import (
     check_affine,
+    check_field,
     check_matrix,
     check_points,
     check_shape,
@@ -248,14 +249,8 @@ def affine_field(
     """
     check_shape(shape, (2, 3))
     d = len(shape)
-    check_matrix(matrix, "matrix", dimensions=(d,))
-    fixed = check_affine(fixed_affine, "fixed_affine", d).to(matrix.device)
-    moving = check_affine(moving_affine, "moving_affine", d).to(matrix.device)
+    change = _voxel_change(matrix, fixed_affine, moving_affine, d)
     with no_autocast(matrix):
-        # Offsets of hundreds of mm cancel here, so this product is taken in float64.
-        voxels = torch.linalg.solve(moving, matrix.double() @ fixed)
-        change = voxels - torch.eye(d + 1, dtype=voxels.dtype, device=voxels.device)
-        change = change.to(raise_precision(matrix)[0])
         view = (-1, d, *(1,) * d)
         field = change[:, :-1, -1].reshape(view)
         for axis in reversed(range(d)):
@@ -263,3 +258,49 @@ def affine_field(
             along = index.view(-1, *(1,) * (d - axis - 1))
             field = field + change[:, :-1, axis].reshape(view) * along
         return field
+
+
+def _voxel_change(
+    matrix: Tensor, fixed_affine: Tensor, moving_affine: Tensor, dimensions: int
+) -> Tensor:
+    """Fixed voxel -> mm -> ``A`` -> mm -> moving voxel, minus the identity: ``(B, D+1, D+1)``."""
+    check_matrix(matrix, "matrix", dimensions=(dimensions,))
+    fixed = check_affine(fixed_affine, "fixed_affine", dimensions).to(matrix.device)
+    moving = check_affine(moving_affine, "moving_affine", dimensions).to(matrix.device)
+    with no_autocast(matrix):
+        # Offsets of hundreds of mm cancel here, so this product is taken in float64.
+        voxels = torch.linalg.solve(moving, matrix.double() @ fixed)
+        change = voxels - torch.eye(dimensions + 1, dtype=voxels.dtype, device=voxels.device)
+        return change.to(raise_precision(matrix)[0])
+
+
+def whole_field(
+    matrix: Tensor, field: Tensor, fixed_affine: Tensor, moving_affine: Tensor
+) -> Tensor:
+    """The field of ``phi(x) = A(x + u(x))``: one displacement from fixed to moving voxels.
+
+    ``warp`` with it samples the moving image's own voxels once, as :func:`affine_field` does.
+
+    Args:
+        matrix: ``A``, ``(B, D + 1, D + 1)`` or ``(1, D + 1, D + 1)``, world mm, fixed to moving.
+        field: ``u``, ``(B, D, *S)`` on the fixed grid, in its voxels.
+        fixed_affine: fixed voxel -> world mm, ``(D + 1, D + 1)``.
+        moving_affine: moving voxel -> world mm, ``(D + 1, D + 1)``.
+
+    Returns:
+        Displacement ``(B, D, *S)``; ``x +`` it is in voxels of the moving grid. Differentiable
+        with respect to ``matrix`` and ``field``; dtype of ``field``, but at least float32.
+
+    Raises:
+        TypeError, ValueError: if the arguments do not fit.
+    """
+    check_field(field, "field")
+    d = field.shape[1]
+    check_matrix(matrix, "matrix", dimensions=(d,), batches=(1, field.shape[0]))
+    u = field.to(torch.promote_types(field.dtype, torch.float32))
+    base = affine_field(matrix.to(u.device), fixed_affine, moving_affine, field.shape[2:])
+    linear = _voxel_change(matrix.to(u.device), fixed_affine, moving_affine, d)[:, :d, :d].to(u)
+    with no_autocast(u):
+        # (1 + linear) u, so that u comes through unchanged where the grids are the same.
+        turned = torch.einsum("bij,bj...->bi...", linear.expand(len(u), d, d), u)
+        return base.to(u) + u + turned
