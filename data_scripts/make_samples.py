@@ -1,24 +1,108 @@
 """Make the data that travels with the package: reglib/data/samples/.
 
-    python data_scripts/make_samples.py [--root FOLDER]
+    python data_scripts/make_samples.py [mnist] [brains] [--root FOLDER] [--packages FOLDER]
 
-MNIST: the official files (downloaded by torchvision, or taken from ``$REGLIB_DATA/mnist``), of
-which the first 400 digits of each class of the training set and the first 100 of each class of
+mnist: the official files (``--root``, or what ``reglib.data.assets.fetch`` gives), of which the
+first 400 digits of each class of the training set and the first 100 of each class of
 the test set are kept, in their original order. CC BY-SA 3.0, see NOTICE.
+
+brains: the subject Colin27 with the AAL labels, from Debian's mricron-data, and the template
+MNI152 2009a with FreeSurfer's labels, from the Python packages nilearn and nibabies, as fetch
+gives them; ``--packages`` names a folder where the packages lie or come to lie. Both brains are
+without skull and are stored
+
+* as volumes with a spacing of 2 mm: a Gaussian filter of sigma 0.85 mm (whose full width at half
+  maximum is the new spacing), then every second voxel along each axis, so that each voxel kept
+  stays where it was in the world; of the label maps every second voxel as it is;
+* as the axial slice 2 mm above the origin, with the spacing of 1 mm of the source, unfiltered.
+
+Colin27 keeps the field of view of its source; MNI152, the grid that others come to, is cut to the
+brain and a margin of 8 mm. The files depend on the packages alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import io
+import json
+import math
 import zipfile
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
+import torch
+from scipy import ndimage
 
 from reglib.data import datasets
+from reglib.data.assets import fetch
+from reglib.data.files import write_bytes
+from reglib.data.nifti import Image, write_image
 
 SAMPLES = Path(datasets.__file__).parent / "samples"
+
+#: The labels of FreeSurfer that the MNI152 sample keeps.
+FREESURFER = {
+    2: "Left-Cerebral-White-Matter",
+    3: "Left-Cerebral-Cortex",
+    4: "Left-Lateral-Ventricle",
+    5: "Left-Inf-Lat-Vent",
+    7: "Left-Cerebellum-White-Matter",
+    8: "Left-Cerebellum-Cortex",
+    10: "Left-Thalamus",
+    11: "Left-Caudate",
+    12: "Left-Putamen",
+    13: "Left-Pallidum",
+    14: "3rd-Ventricle",
+    15: "4th-Ventricle",
+    16: "Brain-Stem",
+    17: "Left-Hippocampus",
+    18: "Left-Amygdala",
+    24: "CSF",
+    26: "Left-Accumbens-area",
+    28: "Left-VentralDC",
+    30: "Left-vessel",
+    31: "Left-choroid-plexus",
+    41: "Right-Cerebral-White-Matter",
+    42: "Right-Cerebral-Cortex",
+    43: "Right-Lateral-Ventricle",
+    44: "Right-Inf-Lat-Vent",
+    46: "Right-Cerebellum-White-Matter",
+    47: "Right-Cerebellum-Cortex",
+    49: "Right-Thalamus",
+    50: "Right-Caudate",
+    51: "Right-Putamen",
+    52: "Right-Pallidum",
+    53: "Right-Hippocampus",
+    54: "Right-Amygdala",
+    58: "Right-Accumbens-area",
+    60: "Right-VentralDC",
+    62: "Right-vessel",
+    63: "Right-choroid-plexus",
+    72: "5th-Ventricle",
+    85: "Optic-Chiasm",
+    251: "CC_Posterior",
+    252: "CC_Mid_Posterior",
+    253: "CC_Central",
+    254: "CC_Mid_Anterior",
+    255: "CC_Anterior",
+}
+# Parcels of cortex and of white matter become one label for each side. FreeSurfer numbers them by
+# thousands; 5001 and 5002 are white matter that belongs to no parcel.
+THOUSANDS = {1: 3, 2: 42, 3: 2, 4: 41}
+DEEP_WHITE_MATTER = {5001: 2, 5002: 41}
+
+STEP = 2
+SIGMA = STEP / math.sqrt(8 * math.log(2))
+SLICE_HEIGHT = 2.0
+MARGIN = 8.0
+# Beyond the width of a sulcus: the published skull-stripped Colin27 is cut down into the sulci,
+# the template is not.
+CLOSING = 4
+
+
+# --- MNIST ----------------------------------------------------------------------------------
 
 
 def first_of_each_class(digits: np.ndarray, count: int) -> np.ndarray:
@@ -36,13 +120,8 @@ def save_reproducibly(path: Path, arrays: dict[str, np.ndarray]) -> None:
             archive.writestr(entry, buffer.getvalue(), zipfile.ZIP_DEFLATED)
 
 
-def main() -> None:
-    """Write every sample."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--root", type=Path, help="where torchvision keeps its downloads")
-    root = parser.parse_args().root
+def make_mnist(root: Path | None) -> None:
+    """Write mnist.npz."""
     arrays = {}
     for split, count in (("train", 400), ("test", 100)):
         images, digits = datasets.mnist(split, full=True, root=root)
@@ -52,6 +131,126 @@ def main() -> None:
         print(split, arrays[f"{split}_images"].shape)
     save_reproducibly(SAMPLES / "mnist.npz", arrays)
     print(SAMPLES / "mnist.npz", (SAMPLES / "mnist.npz").stat().st_size, "bytes")
+
+
+# --- Brains ---------------------------------------------------------------------------------
+
+
+def nifti_from(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine of a NIfTI file, turned so that its axes are RAS."""
+    image = nib.as_closest_canonical(nib.load(path))
+    return np.asarray(image.dataobj).reshape(image.shape[:3]), image.affine
+
+
+def closed(mask: np.ndarray, radius: int) -> np.ndarray:
+    """The mask after a closing with a ball of ``radius`` voxels, its holes filled."""
+    ball = np.sum((np.indices((2 * radius + 1,) * 3) - radius) ** 2, axis=0) <= radius**2
+    padded = np.pad(mask, radius)
+    inside = tuple(slice(radius, -radius) for _ in range(3))
+    return ndimage.binary_fill_holes(ndimage.binary_closing(padded, ball))[inside]
+
+
+def halve(image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Every second voxel of the filtered image and of the labels; the affine that fits them."""
+    smooth = ndimage.gaussian_filter(image.astype(np.float64), SIGMA, truncate=5, mode="nearest")
+    every = (slice(None, None, STEP),) * image.ndim
+    coarse = affine @ np.diag([STEP] * image.ndim + [1.0])
+    return np.rint(smooth[every]).astype(np.uint8), labels[every], coarse
+
+
+def cut(image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What lies within the margin around the brain, as far as the image goes."""
+    margin = round(MARGIN / np.linalg.norm(affine[:, 0]))
+    corner, slices = [], []
+    for axis, size in enumerate(image.shape):
+        others = tuple(a for a in range(image.ndim) if a != axis)
+        used = np.flatnonzero(((image > 0) | (labels > 0)).any(axis=others))
+        first, last = max(used[0] - margin, 0), min(used[-1] + margin, size - 1)
+        corner.append(first)
+        slices.append(slice(first, last + 1))
+    shift = np.eye(image.ndim + 1)
+    shift[:-1, -1] = corner
+    return image[tuple(slices)], labels[tuple(slices)], affine @ shift
+
+
+def axial(image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The slice at ``SLICE_HEIGHT`` mm, and where its pixels are along the first two axes."""
+    k = round((SLICE_HEIGHT - affine[2, 3]) / affine[2, 2])
+    return image[:, :, k], labels[:, :, k], np.delete(np.delete(affine, 2, axis=0), 2, axis=1)
+
+
+def colin27(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
+    """Image without skull, AAL labels, affine and the names of the labels, at 1 mm."""
+    head, affine = nifti_from(folder / "ch2.nii.gz")
+    stripped, _ = nifti_from(folder / "ch2bet.nii.gz")
+    labels, _ = nifti_from(folder / "aal.nii.gz")
+    text = (folder / "aal.nii.txt").read_text()
+    brain = closed((stripped > 0) | (labels > 0), CLOSING)
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    return head * brain, labels, affine, {int(number): name for number, name, *_ in lines}
+
+
+def mni152(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
+    """Template without skull, FreeSurfer's labels on its grid, affine, names, at 1 mm."""
+    image, affine = nifti_from(folder / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")
+    parcels = "tpl-MNI152NLin6Asym_res-01_desc-avgwmparc_dseg.nii.gz"
+    source, place = nifti_from(folder / parcels)
+    source = source.astype(np.int64)
+    kept = np.zeros_like(source)
+    for number in np.unique(source):
+        name = DEEP_WHITE_MATTER.get(number, THOUSANDS.get(number // 1000, number))
+        if name in FREESURFER:
+            kept[source == number] = name
+    # Both grids have 1 mm and voxels at whole millimetres, so no label is interpolated.
+    start = np.rint(place[:3, 3] - affine[:3, 3]).astype(int)
+    labels = np.zeros(image.shape, np.uint8)
+    labels[tuple(slice(s, s + n) for s, n in zip(start, kept.shape, strict=True))] = kept
+    # The labels were made for another template of the same space; none may lie beside this brain.
+    return image, labels * (image > 0), affine, FREESURFER
+
+
+def write_brain(name: str, image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> None:
+    """Write an image and its labels as compressed NIfTI files."""
+    for part, values in (("t1", image), ("labels", labels)):
+        path = SAMPLES / f"{name}_{part}.nii.gz"
+        tensor = torch.from_numpy(np.ascontiguousarray(values, np.uint8))[None, None]
+        write_image(path, Image(tensor, torch.from_numpy(affine)))
+        # These files travel with every installation, so they get the highest compression.
+        write_bytes(path, gzip.compress(gzip.decompress(path.read_bytes()), 9, mtime=0))
+        print(path, values.shape, affine[:-1, -1], path.stat().st_size, "bytes")
+
+
+def make_brains(packages: Path | None) -> None:
+    """Write the two brains, volumes and slices, and the names of their labels."""
+    names = {}
+    for name, read, source in (
+        ("colin27", colin27, "colin27"),
+        ("mni152", mni152, "mni152_2009a"),
+    ):
+        *brain, numbered = read(fetch(source, downloads=packages))
+        numbers = sorted(set(np.unique(brain[1]).tolist()) - {0})
+        names[name] = {number: numbered[number] for number in numbers}
+        for part, smaller in (("2mm", halve(*brain)), ("slice", axial(*brain))):
+            write_brain(f"{name}_{part}", *(cut(*smaller) if name == "mni152" else smaller))
+    write_bytes(SAMPLES / "label_names.json", (json.dumps(names, indent=1) + "\n").encode())
+
+
+def main() -> None:
+    """Write the samples asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("samples", nargs="*", metavar="SAMPLE", help="mnist, brains; all if none")
+    parser.add_argument("--root", type=Path, help="folder with the four files of MNIST")
+    parser.add_argument("--packages", type=Path, help="folder of the packages")
+    arguments = parser.parse_args()
+    unknown = set(arguments.samples) - {"mnist", "brains"}
+    if unknown:
+        parser.error(f"wanted mnist or brains, got {', '.join(sorted(unknown))}")
+    if "mnist" in arguments.samples or not arguments.samples:
+        make_mnist(arguments.root)
+    if "brains" in arguments.samples or not arguments.samples:
+        make_brains(arguments.packages)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The embedded digits, the full set they are taken from, and pairs of the same label."""
+"""The embedded digits and brains, what they are taken from, and pairs of the same label."""
 
 import gzip
 import hashlib
+import importlib.util
 import os
 import struct
 from itertools import islice
@@ -10,14 +11,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 
 from reglib.data import datasets
-from reglib.data.datasets import mnist, same_label_pairs
+from reglib.data.datasets import SHARED_STRUCTURES, colin27, mni152, mnist, same_label_pairs
+
+SCRIPT = Path(__file__).resolve().parents[1] / "data_scripts" / "make_samples.py"
+spec = importlib.util.spec_from_file_location("make_samples", SCRIPT)
+make_samples = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_samples)
 
 #: SHA-256 of the embedded images, as bytes in their order.
 SHA256 = {
     "train": "c6aa175e058d8ef3a96fb00bfccdb5549d00e147e72c47b79c3a0907d44d7d89",
     "test": "6973118ee26132cec5e8bca46303f598e8d7f3fd72a7056c43f828e761c432f0",
+}
+#: SHA-256 of the voxels of the embedded brains, images before labels.
+BRAINS_SHA256 = {
+    ("colin27", 2): "0eda964938d08dbae5f052fd14dedb9154d07aceb3783f9db5d47967fbb8543f",
+    ("colin27", 3): "3e2715b3aaef22d18de2babb41e6800a142cdc75641e043caf77c3f807e76181",
+    ("mni152", 2): "ac53e385aaf16c22048cf8612641cc4b80b460a08bea12c68238922bf270fc3b",
+    ("mni152", 3): "7d30e8a5c2cb97ef6dc6b32466da57b97784bedd6fe1a4bb01743e877fdec623",
 }
 MIRROR = Path(os.environ.get("REGLIB_DATA", "")) / "mnist"
 
@@ -124,3 +138,151 @@ def test_the_generator_decides_the_pairs():
 
     assert batches(0).equal(batches(0))
     assert not batches(0).equal(batches(1))
+
+
+# --- Brains ---------------------------------------------------------------------------------
+
+
+def centre_in_mm(labels, number):
+    """Centre of mass of a structure in world millimetres."""
+    voxels = torch.nonzero(labels.tensor[0, 0] == number).double().mean(0)
+    return labels.affine[:-1, :-1] @ voxels + labels.affine[:-1, -1]
+
+
+@pytest.mark.parametrize(("read", "structures"), [(colin27, 116), (mni152, 43)])
+@pytest.mark.parametrize(("dimensions", "spacing"), [(2, 1), (3, 2)])
+def test_a_brain_is_an_image_with_labels_on_its_grid(read, structures, dimensions, spacing):
+    image, labels, names = read(dimensions=dimensions)
+    assert image.tensor.dtype == torch.float32
+    assert labels.tensor.dtype == torch.int64
+    assert image.tensor.shape == labels.tensor.shape
+    assert image.tensor.ndim == 2 + dimensions
+    assert image.affine.equal(labels.affine)
+    assert image.spacing == (spacing,) * dimensions
+    assert image.orientation == "RAS"[:dimensions]
+    assert image.tensor.min() == 0
+    assert 0.5 < image.tensor.max() <= 1
+    assert len(names) == structures
+    found = set(labels.tensor.unique().tolist()) - {0}
+    assert found == set(names) if dimensions == 3 else found < set(names)
+
+
+@pytest.mark.parametrize(("read", "column"), [(colin27, 0), (mni152, 1)])
+def test_left_is_left_and_names_say_so(read, column):
+    _, labels, names = read()
+    for structure, numbers in SHARED_STRUCTURES.items():
+        side, name = structure.split()
+        assert name in names[numbers[column]].lower()
+        assert ("L" if side == "left" else "R") in (
+            names[numbers[column]][0],
+            names[numbers[column]][-1],
+        )
+        assert (centre_in_mm(labels, numbers[column])[0] < 0) == (side == "left")
+
+
+def test_the_two_brains_share_a_world_but_not_a_grid():
+    """Both are in MNI space: their structures lie within the 6 mm by which brains differ there."""
+    moving, fixed = colin27(), mni152()
+    assert moving.image.tensor.shape != fixed.image.tensor.shape
+    assert not moving.image.affine.equal(fixed.image.affine)
+    for a, b in SHARED_STRUCTURES.values():
+        apart = centre_in_mm(moving.labels, a) - centre_in_mm(fixed.labels, b)
+        assert 0 < apart.norm() < 6
+
+
+@pytest.mark.parametrize("read", [colin27, mni152])
+def test_the_slice_is_the_volume_two_millimetres_up(read):
+    """SciPy samples the volume where the pixels of the slice are.
+
+    Filtered and unfiltered values differ, yet a shift by a pixel would lower the correlation
+    of 0.99 by more than 0.01.
+    """
+    plane, volume = read(dimensions=2), read()
+    grid = np.indices(plane.image.tensor.shape[2:]).reshape(2, -1)
+    world = plane.image.affine[:2, :2].numpy() @ grid + plane.image.affine[:2, 2:].numpy()
+    world = np.vstack([world, np.full(grid.shape[1], 2.0)])
+    affine = np.linalg.inv(volume.image.affine.numpy())
+    voxels = affine[:3, :3] @ world + affine[:3, 3:]
+    values = map_coordinates(volume.image.tensor[0, 0].numpy(), voxels, order=1)
+    correlation = np.corrcoef(values, plane.image.tensor.flatten())[0, 1]
+    assert correlation > 0.99
+    for axis in (0, 1):
+        moved = voxels + 0.5 * np.eye(3)[:, axis : axis + 1]
+        values = map_coordinates(volume.image.tensor[0, 0].numpy(), moved, order=1)
+        assert np.corrcoef(values, plane.image.tensor.flatten())[0, 1] < correlation - 0.003
+
+
+def test_tissues_lie_where_the_labels_say():
+    """On T1-weighted images white matter is brighter than cortex, and cortex than ventricles."""
+    for dimensions in (2, 3):
+        image, labels, _ = mni152(dimensions=dimensions)
+        for ventricle, cortex, white in ((4, 3, 2), (43, 42, 41)):
+            means = [image.tensor[labels.tensor == n].mean() for n in (ventricle, cortex, white)]
+            assert means[0] < 0.9 * means[1] < 0.9 * 0.9 * means[2]
+
+
+@pytest.mark.parametrize("read", [colin27, mni152])
+def test_a_brain_has_two_or_three_dimensions(read):
+    with pytest.raises(ValueError, match=r"dimensions: wanted 2 or 3, got 4"):
+        read(dimensions=4)
+
+
+def test_the_samples_are_small():
+    """All that is embedded stays within 8 MB, the two brains within 4 MB."""
+    folder = Path(datasets.__file__).parent / "samples"
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sum(sizes.values()) <= 8e6
+    assert sum(size for name, size in sizes.items() if name != "mnist.npz") <= 4e6
+
+
+# --- The script that made them --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(20, 31), (18, 21, 30)], ids=str)
+def test_halving_keeps_places_and_removes_what_would_alias(size):
+    """A voxel kept has the world coordinates it had, and waves too short for it are gone.
+
+    Of a wave of two voxels the filter leaves twice exp(-(pi sigma)^2 / 2), as its frequency and
+    the mirror image of that fall together: 0.057 of the amplitude of 100.
+    """
+    d = len(size)
+    affine = np.eye(d + 1)
+    affine[:d, d] = np.arange(d) - 7.5
+    labels = np.arange(np.prod(size)).reshape(size)
+    last = np.indices(size)[-1]
+    wave = np.rint(100 + 100 * np.cos(np.pi * last))
+    slow = np.rint(100 + 100 * np.cos(2 * np.pi * last / 24))
+    smooth, kept, coarse = make_samples.halve(wave, labels, affine)
+    for index in ((0,) * d, (2, 5, 7)[:d]):
+        source = tuple(2 * i for i in index)
+        assert kept[index] == labels[source]
+        np.testing.assert_allclose(coarse @ [*index, 1], affine @ [*source, 1], atol=1e-12)
+    inner = (slice(2, -2),) * d
+    np.testing.assert_allclose(smooth[inner], 106, atol=1)
+    np.testing.assert_allclose(
+        make_samples.halve(slow, labels, affine)[0][inner],
+        slow[(slice(None, None, 2),) * d][inner],
+        atol=5,
+    )
+
+
+def test_cutting_keeps_places():
+    image = np.zeros((30, 41), np.uint8)
+    labels = np.zeros_like(image)
+    image[12:20, 11:30] = 1
+    labels[11, 30] = 5
+    affine = np.array([[2.0, 0, -10], [0, 2.0, 3], [0, 0, 1]])
+    small, kept, place = make_samples.cut(image, labels, affine)
+    assert small.shape == (20 - 11 + 2 * 4, 31 - 11 + 2 * 4)
+    assert kept[4, 23] == 5
+    np.testing.assert_allclose(place @ [4, 23, 1], affine @ [11, 30, 1])
+
+
+def test_the_embedded_brains_are_the_ones_the_script_made():
+    """Of the voxels, by their checksums: the compression of the files may differ elsewhere."""
+    for (name, dimensions), wanted in BRAINS_SHA256.items():
+        brain = getattr(datasets, name)(dimensions=dimensions)
+        voxels = (
+            as_bytes(brain.image.tensor).tobytes() + as_bytes(brain.labels.tensor / 255).tobytes()
+        )
+        assert hashlib.sha256(voxels).hexdigest() == wanted

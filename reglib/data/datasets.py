@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
+import json
 import zlib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reglib.checks import check_choice, check_image, check_positive_int, check_tensor
+from reglib.data.assets import fetch
+from reglib.data.nifti import Image, read_image, read_labels
 
 #: MD5 of the official MNIST files, uncompressed.
 MNIST_MD5 = {
@@ -23,6 +26,103 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+
+#: Structures that the labels of :func:`colin27` and of :func:`mni152` both name, and their numbers
+#: there. The two protocols draw them differently, so no registration makes them overlap fully.
+SHARED_STRUCTURES = {
+    "left hippocampus": (37, 17),
+    "right hippocampus": (38, 53),
+    "left amygdala": (41, 18),
+    "right amygdala": (42, 54),
+    "left caudate": (71, 11),
+    "right caudate": (72, 50),
+    "left putamen": (73, 12),
+    "right putamen": (74, 51),
+    "left pallidum": (75, 13),
+    "right pallidum": (76, 52),
+    "left thalamus": (77, 10),
+    "right thalamus": (78, 49),
+}
+
+
+class Brain(NamedTuple):
+    """A brain without skull, and where its structures are.
+
+    Attributes:
+        image: ``(1, 1, *S)``, float32, intensities in [0, 1].
+        labels: ``(1, 1, *S)``, int64, on the grid of the image; 0 is no structure.
+        names: what each label means.
+    """
+
+    image: Image
+    labels: Image
+    names: dict[int, str]
+
+
+def colin27(*, dimensions: int = 3) -> Brain:
+    """Colin27: the head of one man, the average of 27 T1-weighted scans, with the AAL labels.
+
+    Embedded in the package, without skull, in MNI space. 116 structures were drawn on this brain
+    by hand.
+
+    Args:
+        dimensions: 3 for the volume with a spacing of 2 mm, ``(1, 1, 91, 109, 91)``; 2 for the
+            axial slice 2 mm above the origin with a spacing of 1 mm, ``(1, 1, 181, 217)``. The
+            axes point to the right, to the front and up.
+
+    Returns:
+        Image, labels and their names.
+
+    Raises:
+        ValueError: if ``dimensions`` is neither 2 nor 3.
+
+    Image: Holmes et al., J. Comput. Assist. Tomogr. 1998, doi:10.1097/00004728-199803000-00032,
+    copyright McConnell Brain Imaging Centre, Montreal Neurological Institute, free to use with the
+    notice in NOTICE. Labels: Tzourio-Mazoyer et al., NeuroImage 2002, doi:10.1006/nimg.2001.0978.
+    Both as in MRIcron (BSD-3-Clause).
+    """
+    return _brain("colin27", dimensions)
+
+
+def mni152(*, dimensions: int = 3) -> Brain:
+    """MNI152: the symmetric nonlinear average of 152 heads (2009a), with labels of FreeSurfer.
+
+    Embedded in the package, without skull. The labels are FreeSurfer's of an average brain of the
+    same space, made for another release of the template (MNI152NLin6Asym): they follow this one to
+    about 2 mm. The parcels of the cortex are one label for each side.
+
+    Args:
+        dimensions: 3 for the volume with a spacing of 2 mm, ``(1, 1, 83, 100, 83)``; 2 for the
+            axial slice 2 mm above the origin with a spacing of 1 mm, ``(1, 1, 159, 197)``. The
+            axes point to the right, to the front and up.
+
+    Returns:
+        Image, labels and their names.
+
+    Raises:
+        ValueError: if ``dimensions`` is neither 2 nor 3.
+
+    Image: Fonov et al., NeuroImage 2011, doi:10.1016/j.neuroimage.2010.07.033, copyright McConnell
+    Brain Imaging Centre, Montreal Neurological Institute, free to use with the notice in NOTICE;
+    as in nilearn (BSD-3-Clause). Labels: as in nibabies (Apache-2.0); Fischl et al., Neuron 2002,
+    doi:10.1016/S0896-6273(02)00569-X.
+    """
+    return _brain("mni152", dimensions)
+
+
+def _brain(name: str, dimensions: int) -> Brain:
+    if dimensions not in (2, 3):
+        raise ValueError(f"dimensions: wanted 2 or 3, got {dimensions!r}")
+    part = "2mm" if dimensions == 3 else "slice"
+    samples = resources.files("reglib.data") / "samples"
+    with resources.as_file(samples / f"{name}_{part}_t1.nii.gz") as path:
+        image = read_image(path)
+    with resources.as_file(samples / f"{name}_{part}_labels.nii.gz") as path:
+        labels = read_labels(path)
+    names = json.loads((samples / "label_names.json").read_text(encoding="utf-8"))[name]
+    return Brain(
+        Image(image.tensor / 255, image.affine), labels, {int(n): s for n, s in names.items()}
+    )
 
 
 def mnist(
@@ -35,17 +135,16 @@ def mnist(
 
     Args:
         split: ``"train"`` or ``"test"``.
-        full: the whole set (60,000 and 10,000) instead of the sample (4,000 and 1,000): from
-            ``$REGLIB_DATA/mnist`` where that folder exists, else through torchvision, which
-            downloads it once.
-        root: where torchvision keeps the full set; ``~/.cache/reglib`` if ``None``.
+        full: the whole set (60,000 and 10,000) instead of the sample (4,000 and 1,000).
+        root: folder with the four official files of the whole set; ``None`` for the one that
+            :func:`reglib.data.assets.fetch` gives, which downloads them once.
 
     Returns:
         Images ``(N, 1, 28, 28)`` in [0, 1], float32, and digits ``(N,)``, int64.
 
     Raises:
         ValueError: if ``split`` is neither word, or a file is not the official one.
-        ImportError: if the full set is wanted and torchvision is missing.
+        OSError: if the whole set is wanted and can be neither found nor downloaded.
 
     LeCun et al., Proc. IEEE 1998, doi:10.1109/5.726791. CC BY-SA 3.0.
     """
@@ -60,20 +159,12 @@ def mnist(
 
 
 def _full_mnist(split: str, root: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
-    mirror = Path(os.environ.get("REGLIB_DATA", "")) / "mnist"
-    if "REGLIB_DATA" in os.environ and mirror.is_dir():
-        prefix = "train" if split == "train" else "t10k"
-        return (
-            _read_idx(mirror / f"{prefix}-images-idx3-ubyte.gz"),
-            _read_idx(mirror / f"{prefix}-labels-idx1-ubyte.gz"),
-        )
-    try:
-        from torchvision.datasets import MNIST
-    except ImportError as error:
-        raise ImportError("the full MNIST needs torchvision: pip install 'reglib[book]'") from error
-    folder = Path(root) if root is not None else Path.home() / ".cache" / "reglib"
-    dataset = MNIST(str(folder), train=split == "train", download=True)
-    return dataset.data.numpy(), dataset.targets.numpy()
+    folder = fetch("mnist") if root is None else Path(root)
+    prefix = "train" if split == "train" else "t10k"
+    return (
+        _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz"),
+        _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz"),
+    )
 
 
 def _read_idx(path: Path) -> np.ndarray:
