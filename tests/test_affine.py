@@ -15,6 +15,7 @@ from reglib.geometry.affine import (
     grid_centre,
     rigid_matrix,
     transform_points,
+    whole_field,
 )
 from reglib.geometry.derivatives import jacobian, jacobian_det
 from reglib.geometry.sampling import transform_grid, warp, warp_points
@@ -311,3 +312,113 @@ def test_half_precision_parameters_give_single_precision_matrices(d):
         rotation, translation, log_scales=log_scales, shears=shears, centre=torch.zeros(1, d)
     )
     assert matrix.dtype == torch.float32
+
+
+# --- whole_field ----------------------------------------------------------------------------
+
+
+def whole_pair(d, batch=2, dtype=torch.float64, matrices=None):
+    """A matrix, a field and two grids, for phi(x) = A(x + u(x))."""
+    rotation, translation, log_scales, shears = parameters(d, matrices or batch)
+    matrix = affine_matrix(
+        rotation, translation, log_scales=log_scales, shears=shears, centre=rand(1, d)
+    )
+    u = 2 * rand(batch, d, *SHAPES[d], seed=7)
+    fixed, moving = oblique_affine(d), oblique_affine(d, seed=5, handed=-1)
+    return matrix.to(dtype), u.to(dtype), fixed, moving
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("d", DIMENSIONS)
+def test_the_whole_field_is_voxel_field_mm_matrix_mm_voxel(d, batch, shared):
+    """A plain loop over voxels with homogeneous matrices in NumPy; float64, so to rounding."""
+    matrix, u, fixed, moving = whole_pair(d, batch, matrices=1 if shared else batch)
+    whole = whole_field(matrix, u, fixed, moving)
+    assert whole.shape == u.shape
+    fixed, moving, a = fixed.numpy(), moving.numpy(), matrix.numpy()
+    expected = np.zeros(u.shape)
+    for b in range(batch):
+        for x in np.ndindex(*SHAPES[d]):
+            voxel = np.append(np.array(x) + u[(b, slice(None), *x)].numpy(), 1.0)
+            world = a[0 if shared else b] @ fixed @ voxel
+            expected[(b, slice(None), *x)] = np.linalg.inv(moving) @ world @ np.eye(d + 1, d) - x
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("d", DIMENSIONS)
+def test_the_whole_field_of_one_part_is_that_part(d):
+    """Without u it is the affine field; without A on one grid it is u itself, to the last bit."""
+    matrix, u, fixed, moving = whole_pair(d)
+    still = whole_field(matrix, torch.zeros_like(u), fixed, moving)
+    torch.testing.assert_close(still, affine_field(matrix, fixed, moving, SHAPES[d]))
+    eye = torch.eye(d + 1).expand(2, -1, -1)
+    plain = torch.diag(torch.tensor([2.0, 0.5, 4.0][:d] + [1.0]))
+    assert whole_field(eye, u, plain, plain).equal(u)
+    torch.testing.assert_close(whole_field(eye, u, fixed, fixed), u, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", DIMENSIONS)
+def test_the_whole_field_is_computed_for_each_pair_alone(d):
+    matrix, u, fixed, moving = whole_pair(d, 3)
+    whole = whole_field(matrix, u, fixed, moving)
+    for i in range(3):
+        alone = whole_field(matrix[i : i + 1], u[i : i + 1], fixed, moving)
+        torch.testing.assert_close(alone[0], whole[i], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", DIMENSIONS)
+def test_gradients_of_the_whole_field_reach_matrix_and_field(d):
+    matrix, u, fixed, moving = whole_pair(d)
+    free, small = matrix[:, :d].clone().requires_grad_(), u[(..., *(slice(2),) * d)].clone()
+    small.requires_grad_()
+
+    def whole(free, small):
+        # The last row of a homogeneous matrix is no parameter.
+        return whole_field(torch.cat([free, matrix[:, d:]], 1), small, fixed, moving)
+
+    assert torch.autograd.gradcheck(whole, (free, small))
+
+
+@pytest.mark.parametrize("d", DIMENSIONS)
+def test_the_whole_field_is_not_rounded_under_autocast(d):
+    """bfloat16 has 8 bits: at 100 mm half a millimetre would be lost."""
+    matrix, u, fixed, moving = whole_pair(d, dtype=torch.float32)
+    plain = whole_field(matrix, u, fixed, moving)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = whole_field(matrix, u, fixed, moving)
+    assert plain.dtype == cast.dtype == torch.float32
+    assert cast.equal(plain)
+    exact = whole_field(matrix.double(), u.double(), fixed, moving)
+    torch.testing.assert_close(plain.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "field", "result"),
+    [
+        (torch.float64, torch.float32, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float64, torch.bfloat16, torch.float32),
+    ],
+)
+def test_the_whole_field_has_the_precision_of_the_field(matrix, field, result):
+    a, u, fixed, moving = whole_pair(2)
+    assert whole_field(a.to(matrix), u.to(field), fixed, moving).dtype == result
+
+
+def test_parts_of_a_whole_field_that_do_not_fit_are_refused():
+    matrix, u, fixed, moving = whole_pair(3)
+    for bad in (
+        (matrix[0], u, fixed, moving),
+        (matrix[:, :3, :3], u, fixed, moving),
+        (torch.cat([matrix, matrix]), u, fixed, moving),
+        (torch.zeros_like(matrix), u, fixed, moving),
+        (matrix, u[:, :2], fixed, moving),
+        (matrix, u, fixed[:3, :3], moving),
+        (matrix, u, fixed, torch.zeros(4, 4)),
+    ):
+        with pytest.raises(ValueError, match="wanted"):
+            whole_field(*bad)
+    with pytest.raises(TypeError, match="field: wanted"):
+        whole_field(matrix, u.long(), fixed, moving)

@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 
 from reglib.checks import check_finite, check_image
 from reglib.data.datasets import mnist, same_label_pairs
-from reglib.geometry import affine, derivatives, fields, grid, procrustes, sampling, smoothing
-from reglib.objectives import evaluation, metrics, regularity, similarity, surface
+from reglib.geometry import (
+    affine,
+    bspline,
+    derivatives,
+    fields,
+    grid,
+    procrustes,
+    sampling,
+    smoothing,
+)
+from reglib.objectives import evaluation, metrics, mind, regularity, similarity, surface
 from reglib.training import fit
 
 IMAGE = torch.rand(2, 1, 6, 5)
@@ -19,6 +28,7 @@ FIELD = torch.rand(2, 2, 6, 5)
 VOLUME_FIELD = torch.rand(2, 3, 4, 5, 3)
 LABELS = torch.ones(2, 1, 6, 5, dtype=torch.long)
 WEIGHT = torch.ones(2, 1, 6, 5)
+LATTICE = torch.rand(2, 2, 6, 5)
 PAIR = {"warped": IMAGE, "fixed": IMAGE, "weight": WEIGHT, "reduction": "none"}
 REGULARISER = {"field": FIELD, "spacing": (1.0, 2.0), "reduction": "none"}
 PAIRS = [(IMAGE, IMAGE)]
@@ -93,6 +103,14 @@ VALID = {
     similarity.ncc: PAIR,
     similarity.lncc: PAIR | {"window": 3, "sigma": 1.0},
     similarity.soft_dice: PAIR,
+    similarity.mutual_information: PAIR
+    | {"bins": 8, "normalised": False, "warped_range": (0.0, 1.0), "fixed_range": (0.0, 1.0)},
+    mind.mind: PAIR | {"radius": 1, "dilation": 2},
+    mind.mind_features: {"image": IMAGE, "radius": 1, "dilation": 2, "weight": WEIGHT},
+    bspline.lattice_shape: {"shape": (6, 5), "stride": 2},
+    bspline.bspline_field: {"lattice": LATTICE, "shape": (6, 5), "stride": 2, "factor": 2},
+    bspline.refine_lattice: {"lattice": LATTICE, "shape": (6, 5), "stride": 2},
+    bspline.fit_lattice: {"field": FIELD, "stride": 2},
     regularity.diffusion: REGULARISER,
     regularity.total_variation: REGULARISER | {"smoothing": 1e-6},
     regularity.bending: REGULARISER,
@@ -186,6 +204,13 @@ NO_SPACING = [
     ((1.0, float("nan")), ValueError),
     (1.0, TypeError),
     (("a", "b"), TypeError),
+]
+NO_RANGE = [
+    ((1.0, 0.0), ValueError),
+    ((0.0, float("inf")), ValueError),
+    ((1.0,), ValueError),
+    (torch.zeros(1, 1, 2), ValueError),
+    (1.0, TypeError),
 ]
 NO_SIZE = [(0, ValueError), (-1.0, ValueError), (float("nan"), ValueError)]
 NO_WEIGHT = [
@@ -282,6 +307,13 @@ BAD = {
     "data_range": NO_SIZE,
     "steps": NO_COUNT,
     "factor": NO_COUNT,
+    "radius": NO_COUNT,
+    "dilation": NO_COUNT,
+    "bins": [*NO_COUNT, (3, ValueError)],
+    "warped_range": NO_RANGE,
+    "fixed_range": NO_RANGE,
+    "lattice": [*NO_FIELD, (torch.rand(2, 2, 5, 5), ValueError)],
+    "stride": [*NO_COUNT, (None, TypeError), ((2, 2, 2), ValueError), ((2, 0), ValueError)],
     "levels": NO_COUNT,
     "batch_size": NO_COUNT,
     "window": [*NO_COUNT, (4, ValueError)],
@@ -360,10 +392,11 @@ def test_bad_input_is_named(function, name, value, error):
 
 
 def test_no_public_function_is_missing_from_the_table():
-    modules = [grid, sampling, fields, derivatives, smoothing, affine, procrustes]
-    modules += [similarity, regularity, metrics, surface, evaluation]
+    modules = [grid, sampling, fields, derivatives, smoothing, affine, bspline, procrustes]
+    modules += [similarity, mind, regularity, metrics, surface, evaluation]
     # Shared between rooms of the library; their callers have checked.
-    internal = {"check_window", "gaussian_sum", "reduce_batch"}
+    internal = {"check_window", "gaussian_sum", "prepare_pair", "reduce_batch"}
+    internal |= {"cubic_weights", "quadratic_weights"}
     internal |= {"about", "no_autocast", "raise_precision"}
     for module in modules:
         for name, function in inspect.getmembers(module, inspect.isfunction):

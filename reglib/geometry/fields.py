@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reglib.checks import (
+    check_affine,
     check_field,
     check_positive_int,
     check_same_shape,
@@ -81,7 +82,7 @@ def invert(field: Tensor, *, iterations: int = 100, tolerance: float = 1e-3) -> 
     """The field of psi with ``phi(psi(x)) = x``, by a damped fixed-point iteration.
 
     Every voxel follows ``v <- v - s (v + u(x + v))``, where the step ``s`` starts at 1 and is
-    halved whenever the error would grow. Where phi folds, or turns by more than a right angle, no
+    halved whenever the error would not fall by a fifth of it. Where phi folds, or turns by more than a right angle, no
     step helps: the error stays large, and that is the answer. Only voxels that come from inside
     the grid count, since ``u`` is not known elsewhere (it is clamped). No gradient is kept.
 
@@ -115,7 +116,8 @@ def invert(field: Tensor, *, iterations: int = 100, tolerance: float = 1e-3) -> 
         trial = v - step * rest
         trial_rest = compose(u, trial)
         trial_miss = torch.linalg.vector_norm(trial_rest, dim=1, keepdim=True)
-        better = going & (trial_miss < miss)
+        # Any decrease is not enough: where the field turns, full steps go to and fro for ever.
+        better = going & (trial_miss < (1 - 0.2 * step) * miss)
         v, rest = torch.where(better, trial, v), torch.where(better, trial_rest, rest)
         miss, step = torch.where(better, trial_miss, miss), torch.where(better, step, step / 2)
     outside = voxel_to_unit(transform_grid(v), u.shape[2:]).abs().amax(1, keepdim=True) > 1
@@ -218,6 +220,53 @@ def downsample_field(field: Tensor, factor: int) -> Tensor:
         for n in field.shape[2:]
     ]
     return _interpolate(field, positions) / factor
+
+
+def carry_field(
+    field: Tensor, affine: Tensor, new_affine: Tensor, new_shape: Sequence[int]
+) -> Tensor:
+    """Carry a field to another grid whose axes are parallel to those of its own, in any order.
+
+    Between nodes the field is linear, beyond the outermost ones it goes on linearly, and its
+    vectors are turned and scaled with the axes: a linear field stays exactly linear.
+
+    Args:
+        field: displacement ``(B, D, *T)`` in voxels of its own grid.
+        affine: ``(D + 1, D + 1)``, voxels of that grid to world mm.
+        new_affine: ``(D + 1, D + 1)``, voxels of the new grid to world mm.
+        new_shape: spatial shape ``S`` of the new grid.
+
+    Returns:
+        Displacement ``(B, D, *S)`` in voxels of the new grid; ``field`` itself if both are equal.
+
+    Raises:
+        TypeError, ValueError: if the arguments do not fit, or the axes are not parallel.
+    """
+    check_field(field, "field")
+    d = field.ndim - 2
+    check_shape(new_shape, (d,), "new_shape")
+    old, new = check_affine(affine, "affine", d), check_affine(new_affine, "new_affine", d)
+    if tuple(new_shape) == tuple(field.shape[2:]) and torch.equal(old, new):
+        return field
+    voxels = torch.linalg.solve(old, new)
+    # Column b: what one step along new axis b does to the old coordinates.
+    axes = voxels[:d, :d].abs().argmax(0).tolist()
+    steps = [float(voxels[a, b]) for b, a in enumerate(axes)]
+    parallel = torch.zeros(d, d, dtype=voxels.dtype)
+    parallel[axes, range(d)] = torch.tensor(steps, dtype=voxels.dtype)
+    if sorted(axes) != list(range(d)) or not torch.allclose(
+        voxels[:d, :d], parallel, rtol=0, atol=1e-6 * max(map(abs, steps))
+    ):
+        raise ValueError(
+            f"affine, new_affine: wanted grids with parallel axes, got {voxels.tolist()}"
+        )
+    positions = [
+        (voxels[a, d] + k * torch.arange(n, dtype=torch.float64)).to(field.device)
+        for a, k, n in zip(axes, steps, new_shape, strict=True)
+    ]
+    turned = field.permute(0, 1, *(a + 2 for a in axes))[:, axes]
+    scale = torch.tensor(steps, dtype=field.dtype, device=field.device)
+    return _interpolate(turned, positions) / scale.view(1, -1, *(1,) * d)
 
 
 def resize_field_corners(field: Tensor, shape: Sequence[int]) -> Tensor:

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reglib.checks import check_choice, check_image, check_same_shape, check_weight
+from reglib.checks import (
+    check_choice,
+    check_image,
+    check_numbers,
+    check_positive_int,
+    check_same_shape,
+    check_weight,
+)
+from reglib.geometry.bspline import cubic_weights, quadratic_weights
 from reglib.geometry.grid import no_autocast
 from reglib.geometry.smoothing import box_sum, check_window, gaussian_sum
 
@@ -24,6 +32,10 @@ FLAT = 1e-5
 #: So do those below this many roundings of the local mean square, which hold no valid digit.
 ROUNDINGS = 64
 
+#: Joint histograms take this many voxels at a time. On a CPU they fit into the cache, and into the
+#: work of one thread, which then waits for no other; a GPU wants more to do than that.
+CHUNK, CHUNK_GPU = 2**15, 2**21
+
 
 def reduce_batch(values: Tensor, reduction: str) -> Tensor:
     """Average ``(B, C, ...)`` over all but the batch, and over that too if ``"mean"``."""
@@ -32,7 +44,7 @@ def reduce_batch(values: Tensor, reduction: str) -> Tensor:
     return per_sample.mean() if reduction == "mean" else per_sample
 
 
-def _prepare(
+def prepare_pair(
     warped: Tensor, fixed: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check the inputs and raise them to one dtype of at least single precision.
@@ -86,7 +98,7 @@ def mae(
     Raises:
         TypeError, ValueError: if the inputs are no images of one shape, or ``weight`` does not fit.
     """
-    w, f, weight = _prepare(warped, fixed, weight)
+    w, f, weight = prepare_pair(warped, fixed, weight)
     with no_autocast(w):
         return reduce_batch(_mean((w - f).abs(), weight), reduction)
 
@@ -95,7 +107,7 @@ def mse(
     warped: Tensor, fixed: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """Mean squared error, mean (w - f)^2. Arguments, result and errors as :func:`mae`."""
-    w, f, weight = _prepare(warped, fixed, weight)
+    w, f, weight = prepare_pair(warped, fixed, weight)
     with no_autocast(w):
         return reduce_batch(_mean((w - f).square(), weight), reduction)
 
@@ -107,7 +119,7 @@ def ncc(
 
     A constant image has r = 0. Arguments, result and errors as :func:`mae`.
     """
-    w, f, weight = _prepare(warped, fixed, weight)
+    w, f, weight = prepare_pair(warped, fixed, weight)
     with no_autocast(w):
         w, variance_w = _centre(w, weight)
         f, variance_f = _centre(f, weight)
@@ -213,7 +225,7 @@ def lncc(
         TypeError, ValueError: if the inputs are no images of one shape, ``weight`` does not fit,
             ``window`` is not an odd positive integer or ``sigma`` not positive.
     """
-    w, f, weight = _prepare(warped, fixed, weight)
+    w, f, weight = prepare_pair(warped, fixed, weight)
     check_window(window)
     if sigma is not None and not sigma > 0:
         raise ValueError(f"sigma: wanted a positive number of voxels, got {sigma!r}")
@@ -233,6 +245,219 @@ def lncc(
         return reduce_batch(1 - _mean(cc2, weight), reduction)
 
 
+def _intensity_range(
+    x: Tensor, given: tuple[float, float] | Tensor | None, weight: Tensor | None, name: str
+) -> Tensor:
+    """The lowest and highest intensity of every sample and channel, ``(B C, 2)``; a constant."""
+    if given is not None:
+        numbers = given if isinstance(given, Tensor) else check_numbers(given, name)
+        limits = torch.as_tensor(numbers, dtype=x.dtype, device=x.device).detach()
+        if limits.shape not in ((2,), (*x.shape[:2], 2)):
+            raise ValueError(
+                f"{name}: wanted (low, high) or a tensor of shape {(*x.shape[:2], 2)}, "
+                f"got shape {tuple(limits.shape)}"
+            )
+        if not bool(limits.isfinite().all() & (limits[..., 0] <= limits[..., 1]).all()):
+            raise ValueError(f"{name}: wanted finite numbers with low <= high, got {given}")
+        return limits.expand(*x.shape[:2], 2).reshape(-1, 2)
+    lowest = highest = x.detach().flatten(2)
+    if weight is not None:
+        absent = weight.flatten(2) <= 0
+        lowest, highest = (lowest.masked_fill(absent, end) for end in (torch.inf, -torch.inf))
+    return torch.stack([lowest.amin(2), highest.amax(2)], 2).reshape(-1, 2)
+
+
+def _low_and_scale(limits: Tensor, bins: int) -> Tensor:
+    """The lowest intensity of every row, and bins per intensity: 0 where there is no contrast."""
+    low, high = limits.unbind(1)
+    info = torch.finfo(limits.dtype)
+    least = (ROUNDINGS * info.eps * limits.abs().amax(1)).clamp(min=bins * info.tiny)
+    flat = high - low <= least
+    scale = (bins - 3) / (high - low).masked_fill(flat, torch.inf)
+    return torch.stack([low.masked_fill(flat, 0), scale], 1)
+
+
+def _chunks(x: Tensor) -> list[slice]:
+    """Cut the columns of ``(R, N)``, so that the voxels of one cut are a chunk."""
+    n = max((CHUNK if x.device.type == "cpu" else CHUNK_GPU) // len(x), 1)
+    return [slice(k, k + n) for k in range(0, x.shape[1], n)]
+
+
+def _windows(x: Tensor, place: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where intensities ``(R, n)`` lie among the bins: the range's ends at bins 1 and bins - 2.
+
+    Returns the first of the four bins that each window covers, the fraction by which the window
+    has moved on towards the next four, and whether the intensity is within the range.
+    """
+    position = (x - place[:, :1]) * place[:, 1:] + 1
+    clamped = position.clamp(1, bins - 2)
+    cell = clamped.floor().clamp_(max=bins - 3)
+    # NaN becomes some integer: the window is NaN as well, wherever it lies.
+    first = cell.long().sub_(1).clamp_(0, bins - 4)
+    return first, clamped - cell, position == clamped
+
+
+def _spline_slope(
+    table: Tensor, index: Tensor, along: Tensor, across: Tensor, step: int, other_step: int
+) -> Tensor:
+    """The slope, along one axis of the bins, of the spline with the coefficients ``table``.
+
+    ``index`` is the first of the 4 x 4 coefficients that count at each voxel, ``step`` their
+    distance along that axis; ``along`` and ``across`` are the fractions ``(R, n)``.
+    """
+    rise = (table[step:] - table[:-step]).to(along.dtype)
+    slope = torch.zeros_like(along)
+    weights = cubic_weights(across)
+    for i, outer in enumerate(quadratic_weights(along)):
+        line = torch.zeros_like(slope)
+        for j, inner in enumerate(weights):
+            there = rise[i * step + j * other_step :].index_select(0, index)
+            line.addcmul_(inner, there.view_as(inner))
+        slope.addcmul_(outer, line)
+    return slope
+
+
+class _MutualInformation(torch.autograd.Function):
+    """(H(w, f) - H(w) - H(f)) / norm of rows ``(R, N)``, with norm 1 or the joint entropy.
+
+    A voxel falls into 4 x 4 bins of its row's joint histogram. Nothing the size of an image is
+    kept but the images: both passes go through them in chunks and find the windows anew. In a
+    flattened histogram the 16 bins of a voxel lie at fixed distances from their first, so that
+    one index serves all. Counts are float64: in float32 the background of a volume fills its bin
+    until one more voxel is rounded away.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w: Tensor,
+        f: Tensor,
+        place_w: Tensor,
+        place_f: Tensor,
+        weight: Tensor | None,
+        bins: int,
+        normalised: bool,
+    ) -> Tensor:
+        rows = len(w)
+        row = bins**2 * torch.arange(rows, device=w.device).unsqueeze(1)
+        # A complex number holds two neighbouring bins: adding it takes the time of one.
+        pairs = torch.zeros(rows * bins**2, dtype=torch.complex128, device=w.device)
+        for cut in _chunks(w):
+            first_w, t, _ = _windows(w[:, cut], place_w, bins)
+            first_f, s, _ = _windows(f[:, cut], place_f, bins)
+            index = first_w.mul_(bins).add_(first_f).add_(row).flatten()
+            if weight is not None:
+                t_weights = [weight[:, cut] * v for v in cubic_weights(t)]
+            else:
+                t_weights = list(cubic_weights(t))
+            s_weights = [v.double() for v in cubic_weights(s)]
+            for j in (0, 2):
+                pair = torch.complex(s_weights[j], s_weights[j + 1])
+                for i, v in enumerate(t_weights):
+                    pairs[i * bins + j :].index_add_(0, index, (v * pair).flatten())
+        joint = pairs.real.clone()
+        joint[1:] += pairs.imag[:-1]
+
+        p = joint.view(rows, bins, bins)
+        total = p.sum((1, 2), keepdim=True)
+        total = total.masked_fill(total == 0, 1)
+        p = p / total
+        p_w, p_f = p.sum(2, keepdim=True), p.sum(1, keepdim=True)
+        h, h_w, h_f = (
+            torch.special.entr(q).flatten(1).sum(1).view(-1, 1, 1) for q in (p, p_w, p_f)
+        )
+        norm = h.masked_fill(h == 0, 1) if normalised else torch.ones_like(h)
+        value = (h - h_w - h_f) / norm
+        # The derivative by p; constants are left out, as a window's weights always sum to 1.
+        log, log_w, log_f = (q.log().masked_fill_(q == 0, 0) for q in (p, p_w, p_f))
+        slope = log_w + log_f - (1 - value if normalised else 1) * log
+        ctx.save_for_backward(w, f, place_w, place_f, weight, slope / (norm * total))
+        return value.flatten().to(w.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "mutual_information: it has no second derivative, got create_graph=True"
+            )
+        w, f, place_w, place_f, weight, slope = ctx.saved_tensors
+        bins = slope.shape[1]
+        row = bins**2 * torch.arange(len(w), device=w.device).unsqueeze(1)
+        slope = (slope * grad.view(-1, 1, 1)).flatten()
+        grad_w, grad_f = (torch.empty_like(w) if n else None for n in ctx.needs_input_grad[:2])
+        for cut in _chunks(w):
+            first_w, t, inside_w = _windows(w[:, cut], place_w, bins)
+            first_f, s, inside_f = _windows(f[:, cut], place_f, bins)
+            index = first_w.mul_(bins).add_(first_f).add_(row).flatten()
+            sides = (grad_w, t, s, bins, inside_w, place_w), (grad_f, s, t, 1, inside_f, place_f)
+            for side, along, across, step, inside, place in sides:
+                if side is None:
+                    continue
+                part = _spline_slope(slope, index, along, across, step, bins + 1 - step)
+                if weight is not None:
+                    part.mul_(weight[:, cut])
+                side[:, cut] = part.mul_(inside).mul_(place[:, 1:])
+        return grad_w, grad_f, None, None, None, None, None
+
+
+def mutual_information(
+    warped: Tensor,
+    fixed: Tensor,
+    *,
+    bins: int = 32,
+    normalised: bool = False,
+    warped_range: tuple[float, float] | Tensor | None = None,
+    fixed_range: tuple[float, float] | Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Minus the mutual information of the intensities, H(w, f) - H(w) - H(f), in nats.
+
+    0 if one image says nothing about the other, negative otherwise. Every voxel is spread over
+    4 x 4 bins of the joint histogram by a cubic B-spline window (Thévenaz and Unser); ITK's
+    version (Mattes et al.) has the window for the moving image only, and no derivative by the
+    fixed one. The two ends of an image's intensity range lie at the centres of bins 1 and
+    ``bins - 2``, so that no window is cut off. A constant image gives 0.
+
+    Args:
+        warped: ``(B, C, *S)``, floating point.
+        fixed: of the same shape.
+        bins: of each axis of the joint histogram, at least 4.
+        normalised: give 1 - (H(w) + H(f)) / H(w, f) instead (Studholme et al.), which depends
+            less on the overlap: 0 at worst, above -1.
+        warped_range: intensities ``(low, high)``, or ``(B, C, 2)``, beyond which all is taken
+            for the end of the range, without a gradient; ``None`` takes the image's own where its
+            weight is not 0. The range is a constant: where the warped image is to be optimised,
+            give that of the moving image, so that the bins stay what they are.
+        fixed_range: the same for ``fixed``.
+        weight: ``(B, 1, *S)``, non-negative; ``None`` counts every voxel once. A constant.
+        reduction: ``"mean"`` over the batch, or ``"none"`` for one value per sample.
+
+    Returns:
+        A scalar, or ``(B,)``.
+
+    Raises:
+        TypeError, ValueError: if the inputs are no images of one shape, ``weight`` or a range does
+            not fit or ``bins`` is less than 4.
+
+    Thévenaz and Unser, IEEE TIP 2000, doi:10.1109/83.887976. Mattes et al., IEEE TMI 2003,
+    doi:10.1109/TMI.2003.809072. Studholme et al., Pattern Recognition 1999,
+    doi:10.1016/S0031-3203(98)00091-0.
+    """
+    w, f, weight = prepare_pair(warped, fixed, weight)
+    check_positive_int(bins, "bins")
+    if bins < 4:
+        raise ValueError(f"bins: wanted at least 4, got {bins}")
+    place_w = _low_and_scale(_intensity_range(w, warped_range, weight, "warped_range"), bins)
+    place_f = _low_and_scale(_intensity_range(f, fixed_range, weight, "fixed_range"), bins)
+    with no_autocast(w):
+        rows = [x.reshape(len(place_w), -1) for x in (w, f)]
+        if weight is not None:
+            weight = weight.detach().expand_as(f).reshape(len(place_w), -1)
+        values = _MutualInformation.apply(*rows, place_w, place_f, weight, bins, normalised)
+        return reduce_batch(values.view(w.shape[:2]), reduction)
+
+
 def soft_dice(
     warped: Tensor, fixed: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
@@ -240,7 +465,7 @@ def soft_dice(
 
     A channel that is empty in both gives 0. Arguments, result and errors as :func:`mae`.
     """
-    w, f, weight = _prepare(warped, fixed, weight)
+    w, f, weight = prepare_pair(warped, fixed, weight)
     with no_autocast(w):
         overlap, total = 2 * _mean(w * f, weight), _mean(w + f, weight)
         empty = total <= 0

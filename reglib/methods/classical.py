@@ -1,0 +1,680 @@
+"""Registration as optimisation: rigid, affine and deformable, from coarse to fine.
+
+Each method is a frozen set of settings that is called with a pair::
+
+    register(moving, fixed, [Affine(), Displacement()])
+
+Levels are given in millimetres: at a level of 4 mm both images are resampled to voxels of at least
+4 mm (axes that are coarser stay as they are, and none comes down to fewer than eight voxels), and
+the level's solution is where the next begins.
+Every pair of a batch has its own best state and its own stop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reglib.checks import check_choice, check_numbers, check_positive_int
+from reglib.data.conform import conform_grid, resample
+from reglib.geometry.affine import (
+    about,
+    affine_field,
+    affine_matrix,
+    grid_centre,
+    rigid_matrix,
+    transform_points,
+    whole_field,
+)
+from reglib.geometry.bspline import bspline_field, fit_lattice
+from reglib.geometry.fields import carry_field, compose, integrate
+from reglib.geometry.grid import identity_grid
+from reglib.geometry.sampling import warp
+from reglib.geometry.smoothing import gaussian_smooth
+from reglib.methods.pair import Iterate, Pair
+from reglib.objectives.regularity import diffusion
+from reglib.objectives.similarity import lncc, ncc
+
+#: Of (warped, fixed), with ``weight`` and ``reduction="none"``: ``(B,)``, lower is better.
+Similarity = Callable[..., Tensor]
+
+#: Affine levels need not be finer than this: the parameters are few and the voxels many.
+AFFINE_VOXELS = 100_000
+
+#: A start at which the images share less than this of the smaller one is not considered.
+LEAST_OVERLAP = 0.5
+
+#: Steps until the step size has risen to its full length.
+WARM_UP = 5
+
+
+# --- What all of them share -----------------------------------------------------------------
+
+
+class _Level(NamedTuple):
+    """Both images of a pair at one resolution."""
+
+    size: float
+    moving: Tensor
+    fixed: Tensor
+    moving_affine: Tensor
+    fixed_affine: Tensor
+    moving_mask: Tensor
+    fixed_mask: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.fixed.shape[2:])
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Mm per voxel of the fixed grid."""
+        return tuple(self.fixed_affine[:-1, :-1].norm(dim=0).tolist())
+
+    def look(self, field: Tensor, back: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The warped image, the fixed one (through ``back``), and how much each voxel counts.
+
+        Voxels that an image does not cover do not count, nor does what a mask leaves out.
+        """
+        warped = warp(self.moving, field)
+        fixed = self.fixed if back is None else warp(self.fixed, back)
+        with torch.no_grad():
+            weight = warp(self.moving_mask, field, padding="zeros")
+            if back is not None:
+                mask = torch.ones_like(weight) if self.fixed_mask is None else self.fixed_mask
+                weight = weight * warp(mask, back, padding="zeros")
+            elif self.fixed_mask is not None:
+                weight = weight * self.fixed_mask
+        return warped, fixed, weight
+
+
+def _normalised(pair: Pair) -> Pair:
+    """Both images shifted and scaled alike, to mean 0 and variance 1 between them, per sample.
+
+    So a tolerance means the same for every pair, while equal intensities stay equal whatever else
+    either image shows. What a mask leaves out has no say, and an image without contrast becomes 0:
+    interpolating any other constant gives roundings, which a correlation would take for contrast.
+    """
+    shape = (-1, *(1,) * (pair.fixed.ndim - 1))
+    images, moments = [], []
+    for image, mask in ((pair.moving, pair.moving_mask), (pair.fixed, pair.fixed_mask)):
+        weight = torch.ones_like(image[:, :1]) if mask is None else mask
+        image = image.where(weight > 0, torch.zeros_like(image))
+        axes = tuple(range(1, image.ndim))
+        total = weight.sum(axes) * image.shape[1]
+        mean = (weight * image).sum(axes) / total
+        variance = (weight * (image - mean.view(shape)).square()).sum(axes) / total
+        flat = variance <= (8 * torch.finfo(image.dtype).eps * mean).square()
+        images.append((image, flat))
+        moments.append((mean, variance))
+    mean, variance = (sum(m) / 2 for m in zip(*moments, strict=True))
+    scale = variance.where(variance > 0, torch.ones_like(variance)).rsqrt()
+    moving, fixed = (
+        ((x - mean.view(shape)) * scale.view(shape)).masked_fill(flat.view(shape), 0)
+        for x, flat in images
+    )
+    return dataclasses.replace(pair, moving=moving, fixed=fixed)
+
+
+def _continue(image: Tensor, mask: Tensor, sigma: Sequence[float]) -> Tensor:
+    """Go on smoothly where the mask is 0: sampling shall find neither edge nor content there."""
+    inside = (mask > 0).to(image)
+    share = gaussian_smooth(inside, sigma).clamp(min=1e-6)
+    return image.where(inside > 0, gaussian_smooth(image * inside, sigma) / share)
+
+
+def _level(pair: Pair, size: float) -> _Level:
+    """A normalised pair in voxels of at least ``size`` mm."""
+    tensors, affines, masks = [], [], []
+    for image, affine, mask in (
+        (pair.moving, pair.moving_affine, pair.moving_mask),
+        (pair.fixed, pair.fixed_affine, pair.fixed_mask),
+    ):
+        steps = affine[:-1, :-1].norm(dim=0).tolist()
+        # Fewer than eight voxels along an axis show nothing.
+        spacing = [
+            max(s, min(size, n * s / 8)) for s, n in zip(steps, image.shape[2:], strict=True)
+        ]
+        new_affine, shape = conform_grid(affine, tuple(image.shape[2:]), spacing=spacing)
+        if mask is not None:
+            image = _continue(image, mask, [max(size / s, 1.0) / 2 for s in steps])
+            mask = resample(mask, affine, new_affine, shape)
+        tensors.append(resample(image, affine, new_affine, shape, padding="border"))
+        affines.append(new_affine)
+        masks.append(mask)
+    inside = torch.ones_like(tensors[0][:, :1]) if masks[0] is None else masks[0]
+    return _Level(size, tensors[0], tensors[1], affines[0], affines[1], inside, masks[1])
+
+
+def _sizes(pair: Pair, levels: Sequence[float] | None, *, voxels: int | None) -> list[float]:
+    """The levels in mm, coarse to fine: those asked for, or three from the finest that is useful.
+
+    ``voxels`` bounds the size of the finest grid.
+    """
+    if levels is not None:
+        return [float(s) for s in levels]
+    spacing = pair.fixed_affine[:-1, :-1].norm(dim=0)
+    finest = float(spacing.min())
+    shape = torch.tensor(pair.fixed.shape[2:], dtype=spacing.dtype)
+    extent = shape * spacing
+    if voxels is not None:
+        while float((extent / spacing.clamp(min=finest)).prod()) > voxels:
+            finest *= 1.1
+    # A level at which no axis has eight voxels would be none of its own.
+    return [s for s in (4 * finest, 2 * finest) if s * 8 <= float(extent.max())] + [finest]
+
+
+class _Descent:
+    """Adam on a few tensors with a leading batch axis; every sample stops on its own.
+
+    The step falls to a tenth along a half cosine. A sample stops once its loss has not fallen by
+    ``tolerance`` of its first value within ``patience`` steps; its best state is kept.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], lr: float, steps: int, tolerance: float, patience: int
+    ) -> None:
+        self.parameters = [p.detach().clone().requires_grad_() for p in parameters]
+        self.best = [p.detach().clone() for p in parameters]
+        self.lr, self.steps, self.tolerance, self.patience = lr, steps, tolerance, patience
+        # Adam divides by the root of the mean square: eps must be far below any gradient.
+        self.optimiser = torch.optim.Adam(self.parameters, lr=lr, eps=1e-12)
+        self.count = 0
+        b = len(self.parameters[0])
+        self.active = torch.ones(b, dtype=torch.bool, device=self.parameters[0].device)
+        self.loss = torch.full((b,), math.inf, device=self.active.device)
+
+    def _per_sample(self, flag: Tensor, like: Tensor) -> Tensor:
+        return flag.view(-1, *(1,) * (like.ndim - 1))
+
+    def step(self, loss: Tensor) -> None:
+        """Note the loss ``(B,)`` of the present state, and leave it for a better one."""
+        value = loss.detach()
+        if not bool(value.isfinite().all()):
+            raise FloatingPointError(f"loss: {value.tolist()} at step {self.count}")
+        if self.count == 0:
+            self.loss = torch.full_like(value, math.inf)
+            self.first = value.abs().clamp(min=1e-6)
+            self.reference, self.since = self.loss.clone(), torch.zeros_like(value)
+        better = (value < self.loss) & self.active
+        self.loss = torch.where(better, value, self.loss)
+        for kept, p in zip(self.best, self.parameters, strict=True):
+            kept.copy_(torch.where(self._per_sample(better, p), p.detach(), kept))
+        # The best is compared with what it was when it last fell visibly.
+        fell = self.loss < self.reference - self.tolerance * self.first
+        self.reference = torch.where(fell, self.loss, self.reference)
+        self.since = torch.where(fell, torch.zeros_like(self.since), self.since + 1)
+        self.active = self.active & (self.since < self.patience)
+        self.optimiser.zero_grad()
+        torch.autograd.backward(loss.sum())
+        # The first steps of Adam follow signs alone: they are kept short.
+        rise = min((self.count + 1) / WARM_UP, 1.0)
+        fall = 0.55 + 0.45 * math.cos(math.pi * self.count / self.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr * rise * fall
+        stay = None if bool(self.active.all()) else [p.detach().clone() for p in self.parameters]
+        self.optimiser.step()
+        if stay is not None:
+            with torch.no_grad():
+                for p, old in zip(self.parameters, stay, strict=True):
+                    p.copy_(torch.where(self._per_sample(self.active, p), p, old))
+        self.count += 1
+
+    @property
+    def running(self) -> bool:
+        return self.count < self.steps and bool(self.active.any())
+
+
+def _check_levels(levels: Sequence[float] | None) -> None:
+    if levels is None:
+        return
+    sizes = check_numbers(levels, "levels")
+    if not sizes or not all(0 < s < math.inf for s in sizes):
+        raise ValueError(f"levels: wanted one size in mm or more, got {levels!r}")
+
+
+def _check_settings(
+    similarity: object, levels: Sequence[float] | None, steps: int, lr: float, tolerance: float
+) -> None:
+    if not callable(similarity):
+        raise TypeError(f"similarity: wanted a function of two images, got {similarity!r}")
+    _check_levels(levels)
+    check_positive_int(steps, "steps")
+    if _check_number(lr, "lr") == 0:
+        raise ValueError("lr: wanted a positive number, got 0")
+    _check_number(tolerance, "tolerance")
+
+
+def _check_number(value: float, name: str, least: float = 0.0) -> float:
+    [number] = check_numbers([value], name)
+    if not least <= number < math.inf:
+        raise ValueError(f"{name}: wanted a number of at least {least:g}, got {value!r}")
+    return number
+
+
+# --- Rigid and affine -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rigid:
+    """Rotation and translation in millimetres.
+
+    Attributes:
+        similarity: of (warped, fixed), ``weight``, ``reduction``; lower is better.
+        levels: mm, coarse to fine; ``None`` takes three, the finest of them the smallest voxel
+            that gives at most 100,000 voxels.
+        steps: at most so many steps a level.
+        lr: longest step, as a share of the level's size in mm.
+        tolerance: a level ends when the loss has not fallen by this share of its first value
+            within 20 steps.
+        initialise: ``"moments"`` tries the pair's own start, the centres of mass and the principal
+            axes, and begins with what fits best; ``"none"`` begins with the pair's own start. A
+            start that is not the identity is always kept.
+
+    Raises:
+        TypeError, ValueError: if a setting is malformed.
+    """
+
+    similarity: Similarity = ncc
+    levels: Sequence[float] | None = None
+    steps: int = 100
+    lr: float = 0.25
+    tolerance: float = 1e-4
+    initialise: str = "moments"
+
+    def __post_init__(self) -> None:
+        _check_settings(self.similarity, self.levels, self.steps, self.lr, self.tolerance)
+        check_choice(self.initialise, "initialise", ("moments", "none"))
+
+    def __call__(self, pair: Pair) -> Iterator[Iterate]:
+        """Optimise; yields after every step."""
+        yield from _align(self, pair, rigid=(True,))
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Twelve parameters in millimetres (six in 2-D), after a rigid search at the coarsest level.
+
+    Settings and errors as in :class:`Rigid`.
+    """
+
+    similarity: Similarity = ncc
+    levels: Sequence[float] | None = None
+    steps: int = 100
+    lr: float = 0.25
+    tolerance: float = 1e-4
+    initialise: str = "moments"
+
+    def __post_init__(self) -> None:
+        _check_settings(self.similarity, self.levels, self.steps, self.lr, self.tolerance)
+        check_choice(self.initialise, "initialise", ("moments", "none"))
+
+    def __call__(self, pair: Pair) -> Iterator[Iterate]:
+        """Optimise; yields after every step."""
+        yield from _align(self, pair, rigid=(True, False))
+
+
+def _align(method: Rigid | Affine, pair: Pair, rigid: tuple[bool, ...]) -> Iterator[Iterate]:
+    """Coarse to fine; the coarsest level runs each of ``rigid`` in turn, the others the last."""
+    start, pair = pair.affine, _normalised(pair)
+    for number, size in enumerate(_sizes(pair, method.levels, voxels=AFFINE_VOXELS)):
+        level = _level(pair, size)
+        u = carry_field(pair.field, pair.fixed_affine, level.fixed_affine, level.shape)
+        if number == 0 and method.initialise == "moments":
+            start = _best_start(level, start, u, method.similarity)
+        for kind in rigid if number == 0 else rigid[-1:]:
+            name = f"{'rigid' if kind else 'affine'}, {size:.3g} mm"
+            for iterate in _descend_affine(method, level, start, u, pair.field, kind, name):
+                yield iterate
+            start = iterate.transform()[0]
+
+
+def _descend_affine(
+    method: Rigid | Affine,
+    level: _Level,
+    start: Tensor,
+    u: Tensor,
+    field: Tensor,
+    rigid: bool,
+    name: str,
+) -> Iterator[Iterate]:
+    """One level: A = change after start, the change about where the start puts the centre."""
+    b, d = u.shape[:2]
+    turns = d * (d - 1) // 2
+    extent = [n * s for n, s in zip(level.shape, level.spacing, strict=True)]
+    # In mm of movement at this distance, so that one step size suits every parameter.
+    radius = sum(extent) / (2 * d)
+    middle = grid_centre(level.fixed_affine, level.shape).expand(b, 1, d)
+    centre = transform_points(middle, start)[:, 0]
+
+    def matrix(parameters: Tensor) -> Tensor:
+        p = parameters / radius
+        rotation, translation = p[:, :turns], parameters[:, turns : turns + d]
+        if rigid:
+            change = rigid_matrix(rotation, translation, centre=centre)
+        else:
+            scales, shears = p[:, turns + d : turns + 2 * d], p[:, turns + 2 * d :]
+            change = affine_matrix(
+                rotation, translation, log_scales=scales, shears=shears, centre=centre
+            )
+        return change @ start.to(change)
+
+    zeros = u.new_zeros(b, turns + d if rigid else 2 * (turns + d))
+    descent = _Descent([zeros], method.lr * level.size, method.steps, method.tolerance, 20)
+    still = not bool(u.any())
+    while descent.running:
+        active = descent.active
+        here = matrix(descent.parameters[0])
+        if still:
+            whole = affine_field(here, level.fixed_affine, level.moving_affine, level.shape)
+        else:
+            whole = whole_field(here, u, level.fixed_affine, level.moving_affine)
+        warped, fixed, weight = level.look(whole)
+        loss = method.similarity(warped, fixed, weight=weight, reduction="none")
+        descent.step(loss)
+        yield Iterate(
+            name,
+            {"similarity": loss.detach()},
+            active,
+            lambda: (matrix(descent.best[0].cpu().double()), field),
+        )
+
+
+def _best_start(level: _Level, start: Tensor, u: Tensor, similarity: Similarity) -> Tensor:
+    """Per sample the start that fits best: its own, centres of mass, principal axes."""
+    identity = torch.eye(start.shape[1], dtype=start.dtype)
+    own = [not torch.equal(a, identity) or bool(v.any()) for a, v in zip(start, u, strict=True)]
+
+    def volume(weight: Tensor, affine: Tensor) -> Tensor:
+        return (weight > 0).flatten(1).sum(1) * float(torch.linalg.det(affine).abs())
+
+    mask = torch.ones_like(u[:, :1]) if level.fixed_mask is None else level.fixed_mask
+    # The smaller of the two cannot cover more of the other.
+    whole_volume = torch.minimum(
+        volume(mask, level.fixed_affine), volume(level.moving_mask, level.moving_affine)
+    )
+    candidates = [start, *_moment_starts(level)]
+    losses = []
+    for candidate in candidates:
+        matrix = candidate.to(u.device)
+        whole = whole_field(matrix, u, level.fixed_affine, level.moving_affine)
+        warped, fixed, weight = level.look(whole)
+        loss = similarity(warped, fixed, weight=weight, reduction="none").cpu()
+        overlap = (volume(weight, level.fixed_affine) / whole_volume).cpu()
+        losses.append(loss.where(overlap >= LEAST_OVERLAP, torch.full_like(loss, math.inf)))
+    table = torch.stack(losses)
+    table[1:, own] = math.inf
+    table[0] -= 1e-5  # roundings shall not choose another start
+    # Where nothing overlaps enough, the centres of mass are the best guess.
+    lost = ~table.isfinite().any(0) & ~torch.tensor(own)
+    chosen = torch.where(lost, torch.ones_like(table[0], dtype=torch.long), table.argmin(0))
+    return torch.stack([candidates[k][i] for i, k in enumerate(chosen.tolist())])
+
+
+def _moment_starts(level: _Level) -> list[Tensor]:
+    """Rigid maps that bring the centres of mass together, and the principal axes."""
+    fixed_centre, fixed_axes = _moments(level.fixed, level.fixed_mask, level.fixed_affine)
+    moving_centre, moving_axes = _moments(level.moving, level.moving_mask, level.moving_affine)
+    d = fixed_centre.shape[1]
+    turns = [torch.eye(d, dtype=torch.float64).expand_as(fixed_axes)]
+    # The axes have no sign of their own: every choice that is no mirror image.
+    for signs in itertools.product((1.0, -1.0), repeat=d):
+        if math.prod(signs) > 0:
+            flip = torch.diag(torch.tensor(signs, dtype=torch.float64))
+            turns.append(moving_axes @ flip @ fixed_axes.mT)
+    return [about(fixed_centre, turn, moving_centre - fixed_centre) for turn in turns]
+
+
+def _moments(image: Tensor, mask: Tensor | None, affine: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre of mass ``(B, D)`` in mm and principal axes ``(B, D, D)`` in columns, float64.
+
+    The axes are right-handed.
+    """
+    weight = torch.ones_like(image[:, :1]) if mask is None else (mask > 0).to(image)
+    mass = (image - image.flatten(1).amin(1).view(-1, *(1,) * (image.ndim - 1))).mean(1) * weight[
+        :, 0
+    ]
+    mass = mass.flatten(1).double().cpu()
+    mass = mass + (mass.sum(1, keepdim=True) == 0)  # a constant image has its middle
+    mass = mass / mass.sum(1, keepdim=True)
+    d = image.ndim - 2
+    voxels = identity_grid(image.shape[2:], dtype=torch.float64).flatten(2)[0].T
+    world = voxels @ affine[:d, :d].T + affine[:d, d]
+    centre = mass @ world
+    apart = world - centre.unsqueeze(1)
+    covariance = torch.einsum("bn,bni,bnj->bij", mass, apart, apart)
+    axes = torch.linalg.eigh(covariance).eigenvectors
+    axes[..., 0] *= torch.linalg.det(axes).sign().unsqueeze(1)
+    return centre, axes
+
+
+# --- Deformable -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """A displacement of every voxel, regularised, by gradient descent from coarse to fine.
+
+    A is kept as the pair has it: put an :class:`Affine` before.
+
+    Attributes:
+        similarity: of (warped, fixed), ``weight``, ``reduction``; lower is better.
+        regularity: of (field in voxels), ``spacing`` in mm, ``reduction``; lower is better.
+        regularity_weight: of the regularity in the loss.
+        levels: mm, coarse to fine; ``None`` takes 4, 2 and 1 times the smallest voxel size.
+        steps: at most so many steps a level.
+        lr: longest step, as a share of a voxel of the level.
+        tolerance: a level ends when the loss has not fallen by this share of its first value
+            within 10 steps.
+        nodes: distance of the nodes between which the field is linear, in voxels of the level.
+
+    Raises:
+        TypeError, ValueError: if a setting is malformed.
+    """
+
+    similarity: Similarity = lncc
+    regularity: Similarity = diffusion
+    regularity_weight: float = 1.0
+    levels: Sequence[float] | None = None
+    steps: int = 60
+    lr: float = 0.2
+    tolerance: float = 1e-3
+    nodes: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_deformable(self)
+
+    def __call__(self, pair: Pair) -> Iterator[Iterate]:
+        """Optimise; yields after every step."""
+        yield from _deform(self, pair, "displacement", partial(_Nodes, to_field=lambda u: u))
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """A stationary velocity of every voxel: the field is exp(v), which has the inverse exp(-v).
+
+    Settings and errors as in :class:`Displacement`; the regularity is that of the velocity.
+
+    Attributes:
+        symmetric: compare both images half way, the moving one through exp(v / 2) and the fixed
+            one through exp(-v / 2), so that neither is favoured.
+        squarings: of scaling and squaring, :func:`reglib.geometry.fields.integrate`.
+
+    Arsigny et al., MICCAI 2006, doi:10.1007/11866565_113; symmetric as in Avants et al., Medical
+    Image Analysis 2008, doi:10.1016/j.media.2007.06.004.
+    """
+
+    similarity: Similarity = lncc
+    regularity: Similarity = diffusion
+    regularity_weight: float = 1.0
+    levels: Sequence[float] | None = None
+    steps: int = 60
+    lr: float = 0.2
+    tolerance: float = 1e-3
+    nodes: float = 2.0
+    symmetric: bool = False
+    squarings: int = 5
+
+    def __post_init__(self) -> None:
+        _check_deformable(self)
+        check_positive_int(self.squarings, "squarings")
+
+    def __call__(self, pair: Pair) -> Iterator[Iterate]:
+        """Optimise; yields after every step."""
+        model = partial(_Nodes, to_field=partial(integrate, steps=self.squarings))
+        yield from _deform(self, pair, "velocity", model, symmetric=self.symmetric)
+
+
+@dataclass(frozen=True)
+class BSpline:
+    """A cubic B-spline through a lattice of control points: free-form deformation.
+
+    Settings and errors as in :class:`Displacement`; the regularity is that of the dense field.
+
+    Attributes:
+        nodes: distance of the control points, whole voxels of the level.
+
+    Rueckert et al., IEEE TMI 1999, doi:10.1109/42.796284.
+    """
+
+    similarity: Similarity = lncc
+    regularity: Similarity = diffusion
+    regularity_weight: float = 1.0
+    levels: Sequence[float] | None = None
+    steps: int = 60
+    lr: float = 0.2
+    tolerance: float = 1e-3
+    nodes: int = 4
+
+    def __post_init__(self) -> None:
+        _check_deformable(self)
+        check_positive_int(self.nodes, "nodes")
+
+    def __call__(self, pair: Pair) -> Iterator[Iterate]:
+        """Optimise; yields after every step."""
+        yield from _deform(self, pair, "B-spline", _Lattice)
+
+
+#: A model of deformation at a level: made of the level and the distance of its nodes.
+_Model = Callable[["_Level", float], "_Nodes | _Lattice"]
+
+
+class _Nodes:
+    """Vectors on a grid of nodes; ``to_field`` makes the displacement of them."""
+
+    def __init__(self, level: _Level, nodes: float, to_field: Callable[[Tensor], Tensor]) -> None:
+        self.level, self.to_field = level, to_field
+        self.apart = [s * nodes for s in level.spacing]
+        self.grid, self.shape = conform_grid(level.fixed_affine, level.shape, spacing=self.apart)
+
+    def begin(self, state: Tensor, grid: Tensor) -> Tensor:
+        """What is optimised, from the end of the level before."""
+        return carry_field(state, grid, self.grid, self.shape)
+
+    def end(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """What the next level begins with, and its grid."""
+        return parameters, self.grid
+
+    def field(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """The displacement, and its grid."""
+        return self.to_field(parameters), self.grid
+
+    def rough(self, parameters: Tensor, regularity: Similarity) -> Tensor:
+        """The regularity, ``(B,)``."""
+        return regularity(parameters, spacing=self.apart, reduction="none")
+
+
+class _Lattice:
+    """Control points of a B-spline, a whole number of the level's voxels apart."""
+
+    def __init__(self, level: _Level, nodes: float) -> None:
+        self.level, self.stride = level, int(nodes)
+
+    def begin(self, state: Tensor, grid: Tensor) -> Tensor:
+        """The lattice whose field is closest to that of the level before."""
+        field = carry_field(state, grid, self.level.fixed_affine, self.level.shape)
+        return fit_lattice(field, self.stride)
+
+    def end(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """The dense field: a finer lattice is fitted to it."""
+        return self.field(parameters)
+
+    def field(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """The displacement, and its grid."""
+        return bspline_field(parameters, self.level.shape, self.stride), self.level.fixed_affine
+
+    def rough(self, parameters: Tensor, regularity: Similarity) -> Tensor:
+        """The regularity of the dense field, ``(B,)``."""
+        field, _ = self.field(parameters)
+        return regularity(field, spacing=self.level.spacing, reduction="none")
+
+
+def _check_deformable(method: Displacement | Velocity | BSpline) -> None:
+    _check_settings(method.similarity, method.levels, method.steps, method.lr, method.tolerance)
+    if not callable(method.regularity):
+        raise TypeError(f"regularity: wanted a function of a field, got {method.regularity!r}")
+    _check_number(method.regularity_weight, "regularity_weight")
+    _check_number(method.nodes, "nodes", least=1.0)
+
+
+def _deform(
+    method: Displacement | Velocity | BSpline,
+    pair: Pair,
+    name: str,
+    make: _Model,
+    *,
+    symmetric: bool = False,
+) -> Iterator[Iterate]:
+    """Coarse to fine: the model of a level turns what is optimised into its displacement.
+
+    What the pair has been displaced by before stays, underneath: ``A(x + u0(x + u(x)))``.
+    """
+    pair = _normalised(pair)
+    matrix = pair.affine.to(pair.field)
+    before = pair.field if bool(pair.field.any()) else None
+    state, grid = torch.zeros_like(pair.field), pair.fixed_affine
+    shape = tuple(pair.fixed.shape[2:])
+
+    def transform(best: Tensor, model: _Nodes | _Lattice) -> tuple[Tensor, Tensor]:
+        u = carry_field(*model.field(best), pair.fixed_affine, shape)
+        return pair.affine, u.clone() if before is None else compose(before, u)
+
+    for size in _sizes(pair, method.levels, voxels=None):
+        level = _level(pair, size)
+        model = make(level, method.nodes)
+        under = None
+        if before is not None:
+            under = carry_field(before, pair.fixed_affine, level.fixed_affine, level.shape)
+
+        def on_level(p: Tensor, level: _Level = level, model: _Nodes | _Lattice = model) -> Tensor:
+            return carry_field(*model.field(p), level.fixed_affine, level.shape)
+
+        start = model.begin(state, grid)
+        descent = _Descent([start], method.lr, method.steps, method.tolerance, 10)
+        while descent.running:
+            active, here = descent.active, descent.parameters[0]
+            field = on_level(here / 2 if symmetric else here)
+            whole = field if under is None else compose(under, field)
+            whole = whole_field(matrix, whole, level.fixed_affine, level.moving_affine)
+            back = on_level(-here / 2) if symmetric else None
+            warped, fixed, weight = level.look(whole, back)
+            terms = {
+                "similarity": method.similarity(warped, fixed, weight=weight, reduction="none"),
+                "regularity": method.regularity_weight * model.rough(here, method.regularity),
+            }
+            descent.step(terms["similarity"] + terms["regularity"])
+            yield Iterate(
+                f"{name}, {size:.3g} mm",
+                {key: term.detach() for key, term in terms.items()},
+                active,
+                partial(transform, descent.best[0], model),
+            )
+        state, grid = model.end(descent.best[0])
