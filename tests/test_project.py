@@ -9,6 +9,7 @@ import tomllib
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import reglib
+from reglib.objectives.similarity import ncc
+from reglib.registration import Registration
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -126,12 +129,30 @@ def test_readme_is_short_and_its_picture_and_links_exist():
     assert "make book" in text
 
 
-def test_readme_code_runs(capsys):
+def test_readme_code_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     [code] = re.findall(r"```python\n(.*?)```", text_of("README.md"), re.DOTALL)
-    names: dict[str, torch.Tensor] = {}
+    names: dict[str, Any] = {}
     exec(code, names)
-    assert names["warped"].shape == names["fixed"].shape == (1, 1, 28, 28)
-    assert re.fullmatch(r"\d+\.\d\d % of the pixels fold\n", capsys.readouterr().out)
+    fixed = names["fixed"].image
+    assert names["warped_labels"].tensor.shape == fixed.tensor.shape
+    # Deformable registration must do better than leaving the brains where they are.
+    before, after = (
+        ncc(image.tensor, fixed.tensor).item()
+        for image in (
+            Registration(
+                affine=torch.eye(4).unsqueeze(0),
+                field=torch.zeros(1, 3, *fixed.tensor.shape[2:]),
+                fixed_affine=fixed.affine,
+                moving_affine=names["moving"].image.affine,
+                moving_shape=tuple(names["moving"].image.tensor.shape[2:]),
+            ).apply(names["moving"].image),
+            names["registration"].apply(names["moving"].image),
+        )
+    )
+    assert after < before / 2
+    assert (tmp_path / "result" / "field.nii.gz").is_file()
+    assert re.fullmatch(r"\d+\.\d\d % of the voxels fold\n", capsys.readouterr().out)
 
 
 def test_readme_quotes_targets_that_exist():
