@@ -1171,3 +1171,20 @@ def test_bad_points_are_named(convert):
         convert(torch.zeros(2, 3), torch.eye(4))
     with pytest.raises(ValueError, match="affine: wanted a 3 x 3 matrix"):
         convert(torch.zeros(1, 2, 2), torch.eye(4))
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.png"])
+def test_unsigned_16_bits_are_written_as_asked_for(tmp_path, name):
+    values = torch.tensor([[[[0, 65535], [300, 2]]]], dtype=torch.int32).to(torch.uint16)
+    affine = read_image(_picture(tmp_path)).affine
+    write_image(tmp_path / name, Image(values, affine), dtype=torch.uint16)
+    found = read_image(tmp_path / name, dtype=None).tensor
+    assert found.dtype == torch.uint16
+    assert torch.equal(found.int(), values.int())
+    with pytest.raises(ValueError, match="wanted a type that holds 0 to 65535"):
+        write_image(tmp_path / name, Image(values, affine), dtype=torch.uint8)
+
+
+def _picture(folder):
+    PIL.Image.fromarray(np.zeros((2, 2), np.uint8)).save(folder / "grid.png")
+    return folder / "grid.png"

@@ -164,4 +164,4 @@ def _apply_image(
     if not out.name.lower().endswith(tuple(PICTURE_FORMATS)):
         image = images.luminance(image)
     warped = loaded.apply(image, padding=padding)
-    write_image(out, images.rounded(warped, kind))
+    write_image(out, warped, dtype=kind)

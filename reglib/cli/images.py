@@ -46,7 +46,11 @@ def read(path: Path, nonfinite: float | None = None) -> tuple[Image, torch.dtype
     kind = image.tensor.dtype
     tensor = image.tensor.to(torch.float32)
     check_finite(tensor, str(path))  # what does not fit into float32 is infinite now
-    return dataclasses.replace(image, tensor=tensor), None if kind.is_floating_point else kind
+    image = dataclasses.replace(image, tensor=tensor)
+    if kind.is_floating_point:
+        return image, None
+    # Nothing that has passed through float32 needs the wider types.
+    return image, kind if kind.itemsize <= 2 else torch.int32
 
 
 def luminance(image: Image) -> Image:
@@ -64,18 +68,6 @@ def luminance(image: Image) -> Image:
     weights = channels.new_tensor(_LUMINANCE).view(1, 3, *(1,) * (channels.ndim - 2))
     grey = (channels[:, :3] * weights).sum(1, keepdim=True)
     return dataclasses.replace(image, tensor=grey)
-
-
-def rounded(image: Image, kind: torch.dtype | None) -> Image:
-    """Values rounded and clipped to an integer type, or left alone if ``kind`` is ``None``."""
-    import torch
-
-    if kind is None or not image.tensor.is_floating_point():
-        return image
-    limits = torch.iinfo(kind)
-    # Doubles hold the limits of every type of up to 32 bits.
-    values = image.tensor.cpu().double().round().clamp(limits.min, limits.max)
-    return dataclasses.replace(image, tensor=values.to(kind))
 
 
 def write_on_grid(
@@ -107,7 +99,7 @@ def write_on_grid(
             continue
         return path
     path = folder / f"{stem}.nii.gz"
-    write_image(path, rounded(image, kind))
+    write_image(path, image, dtype=kind)
     return path
 
 

@@ -318,7 +318,8 @@ def _as_numpy(tensor: Tensor, dtype: torch.dtype | None) -> NDArray[Any]:
         if tensor.is_floating_point():
             check_finite(tensor, "image")
             tensor = tensor.double().round().clamp(limits.min, limits.max)
-        low, high = int(tensor.min()), int(tensor.max())
+        values = tensor.numpy()  # torch has no extremes of uint16
+        low, high = int(values.min()), int(values.max())
         if low < limits.min or high > limits.max:
             raise ValueError(f"dtype: wanted a type that holds {low} to {high}, got {dtype}")
         tensor = tensor.to(dtype)

@@ -82,9 +82,10 @@ def invert(field: Tensor, *, iterations: int = 100, tolerance: float = 1e-3) -> 
     """The field of psi with ``phi(psi(x)) = x``, by a damped fixed-point iteration.
 
     Every voxel follows ``v <- v - s (v + u(x + v))``, where the step ``s`` starts at 1 and is
-    halved whenever the error would not fall by a fifth of it. Where phi folds, or turns by more than a right angle, no
-    step helps: the error stays large, and that is the answer. Only voxels that come from inside
-    the grid count, since ``u`` is not known elsewhere (it is clamped). No gradient is kept.
+    halved whenever the error would not fall by a fifth of it. Where phi folds, or turns by more
+    than a right angle, no step helps: the error stays large, and that is the answer. Only voxels
+    that come from inside the grid count, since ``u`` is not known elsewhere (it is clamped). No
+    gradient is kept.
 
     Args:
         field: displacement ``u``, ``(B, D, *S)`` in voxels.
