@@ -7,12 +7,17 @@ along it. The moving image's own voxels are sampled once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
+import math
+import os
 import platform
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -31,6 +36,7 @@ from reglib.checks import (
     check_image,
     check_matrix,
     check_points,
+    check_shape,
     check_weight,
 )
 from reglib.data.files import write_bytes
@@ -44,12 +50,13 @@ from reglib.data.nifti import (
 )
 from reglib.geometry.affine import whole_field
 from reglib.geometry.fields import Inverse, invert
-from reglib.geometry.sampling import warp, warp_labels, warp_points
+from reglib.geometry.grid import identity_grid
+from reglib.geometry.sampling import transform_grid, warp, warp_labels, warp_points
 from reglib.methods.network import Network
 from reglib.methods.pair import Iterate, Method, Pair
 from reglib.objectives.metrics import folding, nda, ndv
 
-#: Losses by stage and term, one list per term: ``history["affine, 2 mm"]["similarity"]``.
+#: Terms of the loss step by step, as in ``history["affine, 2 mm"]["similarity"]``.
 History = dict[str, dict[str, list[float]]]
 
 #: What :meth:`Registration.save` writes.
@@ -107,6 +114,10 @@ class Registration:
         object.__setattr__(self, "affine", self.affine.detach().to("cpu", torch.float64))
         for name in ("fixed_affine", "moving_affine"):
             object.__setattr__(self, name, check_affine(getattr(self, name), name, d))
+        check_shape(self.moving_shape, (d,), "moving_shape")
+        object.__setattr__(self, "moving_shape", tuple(int(n) for n in self.moving_shape))
+        if len(self.history) not in (0, b):
+            raise ValueError(f"history: wanted one of each of {b} pair(s), got {len(self.history)}")
 
     def __len__(self) -> int:
         return len(self.field)
@@ -135,12 +146,12 @@ class Registration:
 
     # --- Quality ----------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def folding(self) -> Tensor:
         """Share of voxels where ``x + u(x)`` folds (determinant at most 0), ``(B,)``."""
         return folding(self.field)
 
-    @property
+    @functools.cached_property
     def ndv(self) -> Tensor:
         """Non-diffeomorphic volume (area in 2-D) of ``x + u(x)``, as a share, ``(B,)``."""
         return ndv(self.field) if self.field.shape[1] == 3 else nda(self.field)
@@ -167,31 +178,40 @@ class Registration:
     def inverse_field(self) -> Tensor:
         """The inverse of phi on the moving grid: from moving voxels to fixed ones.
 
+        Solved for at every moving voxel; beyond the fixed grid u goes on as at its border. There is
+        no inverse where ``x + u(x)`` folds anywhere, or where some voxel that comes from inside
+        the fixed grid cannot be solved for to 0.05 voxels.
+
         Returns:
             ``(B, D, *T)``; ``y +`` it is in voxels of the fixed grid.
 
         Raises:
-            ValueError: if phi has no inverse (it folds, or turns too sharply).
+            ValueError: if phi has no inverse.
         """
-        inverse = self._existing_inverse()
-        there = torch.linalg.inv(self.affine).to(self.field.device)
-        eye = torch.zeros(
-            (len(self), len(self.moving_shape), *self.moving_shape),
-            dtype=self.field.dtype,
-            device=self.field.device,
-        )
-        back = whole_field(there, eye, self.moving_affine, self.fixed_affine)
-        return back + warp(inverse.field, back)
-
-    def _existing_inverse(self) -> Inverse:
-        inverse = self.inverse()
-        if not bool(inverse.converged.all()):
-            worst = float(inverse.error.max())
+        u = self.field.detach().to(torch.promote_types(self.field.dtype, torch.float32))
+        folds = torch.maximum(self.folding, self.ndv)
+        if not bool((folds == 0).all()):
             raise ValueError(
-                f"field: wanted one that has an inverse, but its inverse misses by {worst:.3g} "
-                f"voxels (folding {float(self.folding.max()):.2%})"
+                f"field: wanted one that has an inverse, got one that folds "
+                f"({float(self.folding.max()):.2g} of its voxels, "
+                f"non-diffeomorphic volume {float(self.ndv.max()):.2g})"
             )
-        return inverse
+        back = torch.linalg.inv(self.affine).to(u.device)
+        still = u.new_zeros((len(u), u.shape[1], *self.moving_shape))
+        goal = transform_grid(whole_field(back, still, self.moving_affine, self.fixed_affine))
+        last = u.new_tensor(u.shape[2:]) - 1
+        found = []
+        for one, one_u in zip(goal.flatten(2).mT, u, strict=True):
+            p, miss = _preimage(one, one_u.unsqueeze(0), tolerance=1e-3, most=100)
+            inside = ((p >= 0) & (p <= last)).all(1)
+            worst = float(miss.where(inside, torch.zeros_like(miss)).max())
+            if not worst <= INVERSE_TOLERANCE:
+                raise ValueError(
+                    "field: wanted one that has an inverse, but its inverse misses by "
+                    f"{worst:.3g} voxels"
+                )
+            found.append(p.T.reshape(still.shape[1:]))
+        return (torch.stack(found) - transform_grid(still)).to(self.field.dtype)
 
     # --- Applying it ------------------------------------------------------------------------
 
@@ -208,7 +228,7 @@ class Registration:
             padding: outside it, ``"border"`` (default) or ``"zeros"``.
 
         Returns:
-            What was given, on the fixed grid: an ``Image`` or ``(B, C, *S)``.
+            An ``Image`` or ``(B, C, *S)``, as was given, on the fixed grid.
 
         Raises:
             TypeError: if it is not floating point (labels go through :meth:`apply_labels`).
@@ -230,7 +250,7 @@ class Registration:
             mode: ``"nearest"`` or ``"linear"``, as in :func:`reglib.geometry.sampling.warp_labels`.
 
         Returns:
-            What was given, on the fixed grid, with the dtype of ``labels``.
+            An ``Image`` or ``(B, C, *S)``, as was given, on the fixed grid, dtype of ``labels``.
 
         Raises:
             TypeError, ValueError: if they do not belong to the moving image.
@@ -258,6 +278,10 @@ class Registration:
             return tensor, self.whole_field(image.affine)
         check_image(image, name, floating=floating)
         check_batch(image, self.field, (name, "field"))
+        if image.device != self.field.device:
+            raise ValueError(
+                f"{name}: wanted it on {self.field.device}, like the field, got {image.device}"
+            )
         if tuple(image.shape[2:]) != self.moving_shape:
             raise ValueError(
                 f"{name}: wanted the moving grid of {self.moving_shape}, got "
@@ -287,7 +311,8 @@ class Registration:
     def apply_points_inverse(self, moving_points: Tensor, *, space: str = "voxel") -> Tensor:
         """Carry points from the moving to the fixed image: the p with ``phi(p) = q``.
 
-        Each point is solved for on its own, to 0.001 voxels.
+        Each point is solved for on its own, to 0.001 voxels; beyond the fixed grid u goes on as at
+        its border. Where phi folds, a point may come from several places, of which one is found.
 
         Args:
             moving_points: ``(B, N, D)``, float; in voxels of the moving image, or in mm.
@@ -297,17 +322,25 @@ class Registration:
             The corresponding points ``(B, N, D)`` of the fixed image, in the same space.
 
         Raises:
-            TypeError, ValueError: if they do not fit, or no such p is found (phi folds there).
+            TypeError, ValueError: if they do not fit, or no such p is found (phi folds nearby, or
+                turns by more than a right angle).
         """
         points = self._to_voxels(moving_points, "moving_points", space, self.moving_affine)
         world = voxel_to_world(points.double().cpu(), self.moving_affine)
         back = torch.linalg.inv(self.affine)
         world = world @ back[:, :-1, :-1].transpose(1, 2) + back[:, None, :-1, -1]
         goal = world_to_voxel(world, self.fixed_affine)
-        found = _solve_points(goal, self.field.detach().double().cpu())
-        return _from_world(voxel_to_world(found, self.fixed_affine), space, self.fixed_affine).to(
-            moving_points
-        )
+        u = self.field.detach().double().cpu()
+        solved = [_preimage(g, u[i : i + 1], tolerance=1e-4) for i, g in enumerate(goal)]
+        miss = torch.cat([m for _, m in solved])
+        lost = int((miss > 1e-3).sum())
+        if lost:
+            raise ValueError(
+                f"moving_points: wanted points whose origin can be found, got {lost} of "
+                f"{miss.numel()} that are missed by up to {float(miss.max()):.3g} voxels"
+            )
+        found = voxel_to_world(torch.stack([p for p, _ in solved]), self.fixed_affine)
+        return _from_world(found, space, self.fixed_affine).to(moving_points)
 
     def _to_voxels(self, points: Tensor, name: str, space: str, affine: Tensor) -> Tensor:
         check_choice(space, "space", ("voxel", "ras", "lps"))
@@ -322,11 +355,13 @@ class Registration:
     def report(self) -> dict[str, Any]:
         """What was run and how it went, as JSON values; one pair only.
 
+        What is not a finite number is ``None``.
+
         Raises:
             ValueError: if this is a batch.
         """
         self._check_single()
-        return {
+        report = {
             **self.settings,
             "seconds": round(self.seconds, 3),
             "peak_memory": self.peak_memory,
@@ -338,6 +373,7 @@ class Registration:
             "affine_ras_mm": self.affine[0].tolist(),
             "history": self.history[0] if self.history else {},
         }
+        return {key: _plain(value) for key, value in report.items()}
 
     def save(self, folder: str | Path) -> None:
         """Write the transform so that ITK, ANTs and 3D Slicer apply it, and this library loads it.
@@ -346,6 +382,9 @@ class Registration:
         ``affine.mat`` (A) and ``residual_field.nii.gz`` (u) are its parts; ``inverse_field.nii.gz``
         is written where an inverse exists; ``report.json`` says how it came about.
 
+        All of them appear once all are written: where that fails, an older transform in the folder
+        stays as it was.
+
         Args:
             folder: made if it is not there; files of these names are replaced.
 
@@ -353,24 +392,50 @@ class Registration:
             OSError: if a file cannot be written.
             ValueError: if this is a batch (index it), or ITK cannot hold the grid.
         """
-        self._check_single()
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         report = self.report()
-        field = self.field.detach()
+        folder = Path(folder)
+        new = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as part:
+                names = self._write(Path(part), report)
+                for name in names:
+                    os.replace(Path(part) / name, folder / name)
+                if INVERSE not in names:
+                    (folder / INVERSE).unlink(missing_ok=True)
+        except BaseException as error:
+            if new:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if not isinstance(error, OSError):
+                raise
+            reason = (error.strerror or str(error)).removesuffix(", nothing was written")
+            raise OSError(error.errno, f"{reason}, nothing was written", str(folder)) from error
+
+    def _write(self, folder: Path, report: dict[str, Any]) -> list[str]:
+        """Write the files of :meth:`save` and name them, the report last."""
         whole = self.whole_field().detach()
         write_field(folder / FIELD, whole, self.fixed_affine, moving_affine=self.moving_affine)
         write_affine(folder / AFFINE, self.affine[0])
-        write_field(folder / RESIDUAL, field, self.fixed_affine)
+        write_field(folder / RESIDUAL, self.field, self.fixed_affine)
+        names = [FIELD, AFFINE, RESIDUAL]
         try:
             back = self.inverse_field()
         except ValueError as error:
-            report["inverse"] = str(error)
-            (folder / INVERSE).unlink(missing_ok=True)
+            report["inverse"] = f"none ({error})"
         else:
-            report["inverse"] = INVERSE
-            write_field(folder / INVERSE, back, self.moving_affine, moving_affine=self.fixed_affine)
-        write_bytes(folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+            try:
+                write_field(
+                    folder / INVERSE, back, self.moving_affine, moving_affine=self.fixed_affine
+                )
+            except ValueError as error:
+                report["inverse"] = f"not written on the moving grid ({error})"
+            else:
+                report["inverse"] = INVERSE
+                names.append(INVERSE)
+        content = json.dumps(report, indent=1, allow_nan=False)
+        write_bytes(folder / REPORT, (content + "\n").encode())
+        return [*names, REPORT]
 
     @staticmethod
     def load(folder: str | Path) -> Registration:
@@ -391,18 +456,40 @@ class Registration:
             report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
             moving_affine = torch.tensor(report["moving"]["affine"], dtype=torch.float64)
             moving_shape = tuple(int(n) for n in report["moving"]["shape"])
-        except (ValueError, KeyError, TypeError) as error:
+            shape = tuple(int(n) for n in report["fixed"]["shape"])
+            grid = torch.tensor(report["fixed"]["affine"], dtype=torch.float64)
+            noted = torch.tensor(report["affine_ras_mm"], dtype=torch.float64)
+            check_affine(moving_affine, "moving affine", len(shape))
+            check_shape(moving_shape, (len(shape),), "moving shape")
+            history = {
+                str(stage): {
+                    str(name): [math.nan if x is None else float(x) for x in values]
+                    for name, values in terms.items()
+                }
+                for stage, terms in report["history"].items()
+            }
+            seconds, memory = float(report["seconds"]), report["peak_memory"]
+            memory = None if memory is None else int(memory)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / REPORT}: wanted a report of reglib ({error!r})") from error
         u, fixed_affine = read_field(folder / RESIDUAL)
+        affine = read_affine(folder / AFFINE)
+        # Files hold the places of voxels in single precision.
+        for name, same in (
+            (RESIDUAL, tuple(u.shape[2:]) == shape and _close(fixed_affine, grid, 1e-5)),
+            (AFFINE, _close(affine, noted, 1e-9)),
+        ):
+            if not same:
+                raise ValueError(f"{folder / name}: wanted what {REPORT} describes, got another")
         return Registration(
-            affine=read_affine(folder / AFFINE).unsqueeze(0),
+            affine=affine.unsqueeze(0),
             field=u,
             fixed_affine=fixed_affine,
             moving_affine=moving_affine,
             moving_shape=moving_shape,
-            history=(report.get("history", {}),),
-            seconds=float(report.get("seconds", 0.0)),
-            peak_memory=report.get("peak_memory"),
+            history=(history,),
+            seconds=seconds,
+            peak_memory=memory,
             interrupted=bool(report.get("interrupted", False)),
             settings={k: v for k, v in report.items() if k not in _MEASURED},
         )
@@ -459,6 +546,8 @@ def register(
             belong together.
         KeyboardInterrupt: if interrupted before the first step was done.
     """
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: wanted a function or None, got {callback!r}")
     pair = _pair(moving, fixed, moving_affine, fixed_affine, moving_mask, fixed_mask, start)
     methods = [m if not isinstance(m, nn.Module) else Network(m) for m in _listed(method)]
     device = pair.fixed.device
@@ -470,8 +559,13 @@ def register(
     interrupted = False
     # tqdm reads None as: silent unless on a terminal.
     with tqdm(unit="step", disable=None if progress is None else not progress) as bar:
-        for one in methods:
-            pair, interrupted = _run(one, pair, history, notes, callback, bar)
+        for number, one in enumerate(methods):
+            try:
+                pair, interrupted = _run(one, pair, history, notes, callback, bar)
+            except KeyboardInterrupt:
+                if number == 0:
+                    raise
+                interrupted = True  # what the methods before have found is kept
             if interrupted:
                 break
         warped = pair.warped()
@@ -490,6 +584,12 @@ def register(
             "reglib": reglib.__version__,
             "method": [_describe(m) for m in methods],
             "notes": notes,
+            "masks": [
+                name
+                for name, mask in (("moving", pair.moving_mask), ("fixed", pair.fixed_mask))
+                if mask is not None
+            ],
+            "started": "identity" if start is None else "given affine",
             "environment": {
                 "torch": torch.__version__,
                 "python": platform.python_version(),
@@ -512,7 +612,14 @@ def _run(
     last: Iterate | None = None
     interrupted = False
     try:
-        for iterate in method(pair):
+        steps = method(pair)
+        if not isinstance(steps, Iterable) or isinstance(steps, Tensor):
+            raise TypeError(
+                f"method: wanted one that yields an Iterate per step, got {type(steps).__name__} "
+                f"from {method!r}"
+            )
+        for iterate in steps:
+            _check_iterate(iterate, len(pair.field))
             last = iterate
             loss = _record(iterate, history)
             bar.update()
@@ -529,15 +636,33 @@ def _run(
         raise ValueError(f"method: wanted at least one step, got none from {method!r}")
     notes.extend(last.notes)
     affine, u = last.transform()
+    check_matrix(
+        affine, "method's affine", dimensions=(pair.field.shape[1],), batches=(len(pair.field),)
+    )
     check_field(u, "method's field")
     if u.shape != pair.field.shape:
         raise ValueError(
             f"method: wanted a field of shape {tuple(pair.field.shape)}, got {tuple(u.shape)}"
         )
+    check_finite(u, "method's field")
     found = dataclasses.replace(
-        pair, affine=affine.detach().to("cpu", torch.float64), field=u.detach()
+        pair,
+        affine=affine.detach().to("cpu", torch.float64),
+        field=u.detach().to(pair.field),
     )
     return found, interrupted
+
+
+def _check_iterate(iterate: object, batch: int) -> None:
+    """Raise unless a method has yielded what its contract says."""
+    if not isinstance(iterate, Iterate):
+        raise TypeError(
+            f"method: wanted one that yields an Iterate per step, got {type(iterate).__name__}"
+        )
+    for name, value in {**iterate.terms, "active": iterate.active}.items():
+        if not isinstance(value, Tensor) or value.shape != (batch,):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"method: wanted {name!r} of shape ({batch},), got {shape}")
 
 
 def _record(iterate: Iterate, history: tuple[History, ...]) -> float | None:
@@ -556,6 +681,9 @@ def _record(iterate: Iterate, history: tuple[History, ...]) -> float | None:
 
 def _listed(method: Method | nn.Module | Sequence[Method | nn.Module]) -> list[Method | nn.Module]:
     methods = list(method) if isinstance(method, Sequence) else [method]
+    for m in methods:
+        if isinstance(m, type):
+            raise TypeError(f"method: wanted an instance, {m.__name__}(...), got the class itself")
     if not methods or not all(callable(m) for m in methods) or isinstance(method, str):
         raise TypeError(f"method: wanted a method, a network, or several in a list, got {method!r}")
     return methods
@@ -584,6 +712,8 @@ def _pair(
             "moving, fixed: wanted both on one device, "
             f"got {moving_tensor.device} and {fixed_tensor.device}"
         )
+    check_finite(moving_tensor, "moving")
+    check_finite(fixed_tensor, "fixed")
     work = torch.promote_types(
         torch.promote_types(moving_tensor.dtype, fixed_tensor.dtype), torch.float32
     )
@@ -616,7 +746,6 @@ def _unpack(image: Image | Tensor, affine: Tensor | None, name: str) -> tuple[Te
         affine = torch.eye(d + 1, dtype=torch.float64) if affine is None else affine
         tensor, affine = image, check_affine(affine, f"{name}_affine", d)
     check_image(tensor, name)
-    check_finite(tensor, name)
     return tensor, affine
 
 
@@ -626,7 +755,7 @@ def _mask(
     if mask is None:
         return None
     if isinstance(mask, Image):
-        if not torch.allclose(mask.affine, affine, atol=1e-3):
+        if mask.affine.shape != affine.shape or not torch.allclose(mask.affine, affine, atol=1e-3):
             raise ValueError(f"{name}: wanted the grid of its image, got one placed elsewhere")
         mask = mask.tensor
     check_weight(mask, image, name)
@@ -648,49 +777,91 @@ def _from_world(world: Tensor, space: str, affine: Tensor) -> Tensor:
     )
 
 
-def _solve_points(goal: Tensor, u: Tensor, *, tolerance: float = 1e-3) -> Tensor:
-    """The p with ``p + u(p) = goal`` in voxels: damped fixed point, point by point."""
-    found = 2 * goal - warp_points(goal, u)
-    step = torch.ones_like(goal[..., :1])
-    miss = (warp_points(found, u) - goal).norm(dim=2, keepdim=True)
+def _preimage(
+    goal: Tensor, u: Tensor, *, tolerance: float, most: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The p ``(N, D)`` with ``p + u(p) = goal``, all in voxels, and by how much each misses.
+
+    Points that are not found by starting from ``goal``, unless more than ``most``, are sought once
+    more from the voxels that come near it.
+    """
+    found, miss = _follow(goal, goal, u, tolerance)
+    lost = (miss > 10 * tolerance).nonzero().squeeze(1)
+    if 0 < len(lost) <= (len(goal) if most is None else most):
+        there = transform_grid(u).flatten(2)[0].T
+        voxels = identity_grid(u.shape[2:], dtype=u.dtype, device=u.device).flatten(2)[0].T
+        for i in lost.tolist():
+            distance = torch.linalg.vector_norm(there - goal[i], dim=1)
+            near = voxels[distance.topk(min(9, len(voxels)), largest=False).indices]
+            p, m = _follow(near, goal[i].expand_as(near), u, tolerance)
+            found[i], miss[i] = p[m.argmin()], m.min()
+    return found, miss
+
+
+def _follow(start: Tensor, goal: Tensor, u: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """The damped fixed point of :func:`reglib.geometry.fields.invert`, point by point."""
+
+    def rest_at(points: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        rest = warp_points(points.unsqueeze(0), u)[0] - wanted
+        return rest, torch.linalg.vector_norm(rest, dim=1)
+
+    found = start.clone()
+    rest, miss = rest_at(found, goal)
+    step = torch.ones_like(miss)
+    going = (miss > tolerance).nonzero().squeeze(1)
     for _ in range(200):
-        if bool((miss < tolerance / 10).all()):
+        if not len(going):
             break
-        trial = found - step * (warp_points(found, u) - goal)
-        missed = (warp_points(trial, u) - goal).norm(dim=2, keepdim=True)
-        better = missed < miss
-        found = torch.where(better, trial, found)
-        miss = torch.where(better, missed, miss)
-        step = torch.where(better, step, step / 2)
-    lost = int((miss > tolerance).sum())
-    if lost:
-        raise ValueError(
-            f"moving_points: wanted points that the transform reaches, got {lost} of "
-            f"{miss.numel()} that it misses by up to {float(miss.max()):.3g} voxels"
-        )
-    return found
+        trial = found[going] - step[going].unsqueeze(1) * rest[going]
+        trial_rest, trial_miss = rest_at(trial, goal[going])
+        # Any decrease is not enough: where the field turns, full steps go to and fro for ever.
+        better = trial_miss < (1 - 0.05 * step[going]) * miss[going]
+        step[going[~better]] /= 2
+        closer = going[better]
+        found[closer], rest[closer] = trial[better], trial_rest[better]
+        miss[closer] = trial_miss[better]
+        going = going[miss[going] > tolerance]
+    return found, miss
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether two matrices are the same, relative to the largest number in them."""
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
 def _describe(method: object) -> dict[str, Any]:
     """Name and settings of a method as JSON values."""
     if isinstance(method, Network):
         card = getattr(method.network, "card", None) or {}
-        name = str(card.get("method", type(method.network).__name__))
+        name = str(card.get("method") or _name(method.network))
         return {"name": name, "settings": _plain(method.contract), "weights": _plain(card)}
     if dataclasses.is_dataclass(method) and not isinstance(method, type):
         settings = {f.name: _plain(getattr(method, f.name)) for f in dataclasses.fields(method)}
         return {"name": type(method).__name__, "settings": settings}
-    return {"name": getattr(method, "__name__", type(method).__name__), "settings": {}}
+    if isinstance(method, functools.partial):
+        arguments = {str(i): _plain(v) for i, v in enumerate(method.args)}
+        return {"name": _name(method.func), "settings": arguments | _plain(method.keywords)}
+    return {"name": _name(method), "settings": {}}
 
 
-def _plain(value: object) -> Any:
-    """A setting as JSON: functions by their name."""
+def _name(value: object) -> str:
+    return str(getattr(value, "__name__", type(value).__name__))
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON: functions by their name, ``None`` for what is not a finite number."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
         return value
+    if hasattr(value, "tolist"):  # arrays and their numbers
+        return _plain(value.tolist())
+    if isinstance(value, functools.partial) or dataclasses.is_dataclass(value):
+        return _describe(value)
     return getattr(value, "__name__", None) or repr(value)
 
 

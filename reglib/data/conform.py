@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reglib.checks import (
     check_affine,
+    check_field,
     check_image,
     check_matrix,
     check_positive_int,
@@ -22,7 +23,7 @@ from reglib.checks import (
     check_spacing,
 )
 from reglib.data.nifti import Image
-from reglib.geometry.affine import affine_field
+from reglib.geometry.affine import affine_field, whole_field
 from reglib.geometry.sampling import warp
 from reglib.geometry.smoothing import gaussian_smooth
 
@@ -114,6 +115,7 @@ def resample(
     new_shape: Sequence[int],
     *,
     matrix: Tensor | None = None,
+    field: Tensor | None = None,
     padding: str = "zeros",
 ) -> Tensor:
     """Read an image on another grid, smoothed first where the new voxels are the larger ones.
@@ -129,6 +131,8 @@ def resample(
         new_shape: spatial shape ``S`` of the new grid.
         matrix: ``(B, D+1, D+1)``, world mm, from the new grid's world to that of ``image``;
             ``None`` is the identity.
+        field: ``(B, D, *S)`` on the new grid, in its voxels, applied before ``matrix``; ``None``
+            is 0.
         padding: outside the image, ``"zeros"`` or ``"border"``.
 
     Returns:
@@ -144,17 +148,27 @@ def resample(
     if matrix is None:
         matrix = torch.eye(d + 1, dtype=torch.float64).expand(len(image), d + 1, d + 1)
     check_matrix(matrix, "matrix", dimensions=(d,), batches=(len(image),))
+    if field is not None:
+        check_field(field, "field")
+        if field.shape != (len(image), d, *new_shape):
+            raise ValueError(
+                f"field: wanted shape {(len(image), d, *new_shape)}, got {tuple(field.shape)}"
+            )
     out = []
     for i in range(len(image)):
         one, world = image[i : i + 1], matrix[i : i + 1]
         voxels = torch.linalg.solve(old, world[0].double().cpu() @ new)
-        if tuple(new_shape) == tuple(image.shape[2:]) and _is_identity(voxels):
+        same = tuple(new_shape) == tuple(image.shape[2:]) and _is_identity(voxels)
+        if same and field is None:
             out.append(one)
             continue
         steps = voxels[:d, :d].norm(dim=1).tolist()
         sigma = [math.sqrt(max(k * k - 1, 0.0) / (8 * math.log(2))) for k in steps]
-        field = affine_field(world.to(image.device), new, old, new_shape)
-        out.append(warp(gaussian_smooth(one, sigma), field, padding=padding))
+        if field is None:
+            there = affine_field(world.to(image.device), new, old, new_shape)
+        else:
+            there = whole_field(world, field[i : i + 1], new, old)
+        out.append(warp(gaussian_smooth(one, sigma), there, padding=padding))
     return torch.cat(out)
 
 
@@ -169,14 +183,16 @@ def conform(
     orientation: str | None = None,
     spacing: Sequence[float] | None = None,
     multiple: int = 1,
+    padding: str = "zeros",
 ) -> Image:
-    """An image resampled onto :func:`conform_grid` of its own grid, with zeros around it.
+    """An image resampled onto :func:`conform_grid` of its own grid.
 
     Args:
         image: floating point (labels are not interpolated).
         orientation: such as ``"RAS"``; ``None`` keeps the axes.
         spacing: mm per voxel along the new axes; ``None`` keeps it.
         multiple: every size shall be a multiple of this.
+        padding: around it, ``"zeros"`` (default, background) or ``"border"``.
 
     Returns:
         The image on the new grid.
@@ -193,4 +209,5 @@ def conform(
         spacing=spacing,
         multiple=multiple,
     )
-    return Image(resample(image.tensor, image.affine, affine, shape), affine)
+    new = resample(image.tensor, image.affine, affine, shape, padding=padding)
+    return Image(new, affine)

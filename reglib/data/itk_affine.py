@@ -14,6 +14,9 @@ from reglib.checks import check_affine
 from reglib.data.files import write_bytes
 from reglib.data.nifti import to_lps
 
+# ITK's classes whose parameters are a matrix, row by row, and a translation about a centre.
+_KINDS = ("AffineTransform_", "MatrixOffsetTransformBase_")
+
 
 def write_affine(path: str | Path, matrix: Tensor) -> None:
     """Write an affine map of the world as ITK's ``AffineTransform``; whole or not at all.
@@ -30,8 +33,8 @@ def write_affine(path: str | Path, matrix: Tensor) -> None:
     path = Path(path)
     if path.suffix != ".mat":
         raise ValueError(f"{path}: wanted a name that ends with .mat")
-    d = matrix.shape[-1] - 1 if isinstance(matrix, Tensor) and matrix.ndim == 2 else 3
-    world = check_affine(matrix, "matrix", d if d in (2, 3) else 3)
+    d = 2 if getattr(matrix, "shape", None) == (3, 3) else 3
+    world = check_affine(matrix, "matrix", d)
     signs = to_lps(d)
     linear = signs.unsqueeze(1) * world[:d, :d] * signs
     # About the origin, so that the translation is the offset.
@@ -58,10 +61,14 @@ def read_affine(path: str | Path) -> Tensor:
     path = Path(path)
     try:
         arrays = scipy.io.loadmat(io.BytesIO(path.read_bytes()))
-        [name] = [key for key in arrays if "AffineTransform" in key]
+        names = [key for key in arrays if not key.startswith("__") and key != "fixed"]
+        if len(names) != 1 or not names[0].startswith(_KINDS):
+            raise ValueError(f"{', '.join(names) or 'nothing'}")
         centre = np.asarray(arrays["fixed"], np.float64).ravel()
-        values = np.asarray(arrays[name], np.float64).ravel()
+        values = np.asarray(arrays[names[0]], np.float64).ravel()
         d = len(centre)
+        if d not in (2, 3) or len(values) != d * d + d:
+            raise ValueError(f"{len(values)} numbers about a centre of {d}")
         linear = values[: d * d].reshape(d, d)
         offset = values[d * d :] + centre - linear @ centre
         matrix = torch.eye(d + 1, dtype=torch.float64)
@@ -72,5 +79,5 @@ def read_affine(path: str | Path) -> Tensor:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path}: wanted an affine transform of ITK, got {error!r}") from error
+        raise ValueError(f"{path}: wanted an affine transform of ITK, got {error}") from error
     return check_affine(matrix, str(path), d)

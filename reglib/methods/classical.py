@@ -46,7 +46,7 @@ from reglib.objectives.similarity import lncc, ncc
 #: Of (warped, fixed), with ``weight`` and ``reduction="none"``: ``(B,)``, lower is better.
 Similarity = Callable[..., Tensor]
 
-#: Affine levels need not be finer than this: the parameters are few and the voxels many.
+#: Affine levels need no more voxels than this, as the parameters are few.
 AFFINE_VOXELS = 100_000
 
 #: A start at which the images share less than this of the smaller one is not considered.

@@ -8,28 +8,31 @@ resampled to that, run through the network, and the field is carried back to the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reglib.checks import check_field, check_finite, check_numbers, check_positive_int
 from reglib.data.conform import conform_grid, resample
 from reglib.geometry.affine import affine_field
-from reglib.geometry.fields import compose
+from reglib.geometry.fields import carry_field, compose
 from reglib.geometry.grid import no_autocast, sample
-from reglib.geometry.sampling import transform_grid, warp
+from reglib.geometry.sampling import transform_grid
 from reglib.methods.pair import Iterate, Pair
 
-_KNOWN = ("channels", "range", "size_multiple", "orientation", "spacing")
+_PLACING = ("orientation", "spacing", "size_multiple")
+_KNOWN = ("channels", "range", *_PLACING)
 
 
 class Network:
     """The method that calls ``network(moving, fixed)`` once.
 
     It starts from the pair's own transform: the network sees the moving image through it, and
-    finds what remains.
+    finds what remains. A module is evaluated in its own precision and without dropout, whatever
+    mode it was left in.
 
     Args:
         network: takes ``moving`` and ``fixed``, both ``(B, C, *S)`` on one grid, and returns a
@@ -48,6 +51,8 @@ class Network:
             raise TypeError(f"network: wanted a callable, got {type(network).__name__}")
         if contract is None:
             contract = (getattr(network, "card", None) or {}).get("input", {})
+        if not isinstance(contract, Mapping):
+            raise TypeError(f"contract: wanted a mapping, got {contract!r}")
         unknown = sorted(contract.keys() - set(_KNOWN))
         if unknown:
             raise ValueError(f"contract: wanted keys out of {', '.join(_KNOWN)}, got {unknown}")
@@ -64,12 +69,7 @@ class Network:
 
     @torch.no_grad()
     def _run(self, pair: Pair) -> Iterate:
-        channels = self.contract.get("channels", pair.fixed.shape[1])
-        if pair.fixed.shape[1] != channels:
-            raise ValueError(
-                f"moving, fixed: wanted images of {channels} channel(s) for this network, "
-                f"got {pair.fixed.shape[1]}"
-            )
+        weight = self._check(pair)
         shape = tuple(pair.fixed.shape[2:])
         affine, new_shape = conform_grid(
             pair.fixed_affine,
@@ -78,15 +78,17 @@ class Network:
             spacing=self.contract.get("spacing"),
             multiple=self.contract.get("size_multiple", 1),
         )
-        fixed = resample(self._scaled(pair.fixed), pair.fixed_affine, affine, new_shape)
-        moving = self._scaled(pair.moving)
+        start = None
         if bool(pair.field.any()):
-            # What is left of the affine grids is the fixed one; only the network sees this image.
-            seen = warp(moving, pair.whole_field(), padding="zeros")
-            moving = resample(seen, pair.fixed_affine, affine, new_shape)
-        else:
-            moving = resample(moving, pair.moving_affine, affine, new_shape, matrix=pair.affine)
-        out = self.network(moving, fixed)
+            start = _read_on(pair.field, pair.fixed_affine, affine, new_shape)
+        fixed = self._brought(pair.fixed, pair.fixed_affine, affine, new_shape)
+        moving = self._brought(
+            pair.moving, pair.moving_affine, affine, new_shape, matrix=pair.affine, field=start
+        )
+        if weight is not None:
+            moving, fixed = moving.to(weight.dtype), fixed.to(weight.dtype)
+        with _evaluating(self.network):
+            out = self.network(moving, fixed)
         field = out if isinstance(out, Tensor) else out.field
         check_field(field, "network's field")
         if tuple(field.shape[2:]) != new_shape or len(field) != len(fixed):
@@ -95,57 +97,104 @@ class Network:
                 f"got shape {tuple(field.shape)}"
             )
         check_finite(field, "network's field")
-        found = _carry(field, affine, pair.fixed_affine, shape).to(pair.field)
+        found = carry_field(field.to(pair.field), affine, pair.fixed_affine, shape)
         total = compose(pair.field, found)
         return Iterate(
             stage="network",
             terms={},
             active=torch.zeros(len(fixed), dtype=torch.bool),
             transform=lambda: (pair.affine, total),
-            notes=self._notes(shape, new_shape, affine, pair.fixed_affine),
+            notes=self._notes(pair, affine, new_shape),
         )
 
-    def _scaled(self, image: Tensor) -> Tensor:
-        """Each image's own extremes, over all channels, put where the contract wants them."""
-        if "range" not in self.contract:
-            return image
-        low, high = self.contract["range"]
-        least, largest = image.flatten(1).aminmax(dim=1)
-        view = (-1, *(1,) * (image.ndim - 1))
-        extent = (largest - least).where(largest > least, torch.ones_like(least))
-        return (image - least.view(view)) / extent.view(view) * (high - low) + low
+    def _check(self, pair: Pair) -> Tensor | None:
+        """Raise unless the network can take the images; one of its weights, if it has any."""
+        channels = self.contract.get("channels", pair.fixed.shape[1])
+        if pair.fixed.shape[1] != channels:
+            raise ValueError(
+                f"moving, fixed: wanted images of {channels} channel(s) for this network, "
+                f"got {pair.fixed.shape[1]}"
+            )
+        if not isinstance(self.network, nn.Module):
+            return None
+        weights = (p for p in self.network.parameters() if p.is_floating_point())
+        weight = next(weights, None)
+        if weight is not None and weight.device != pair.fixed.device:
+            raise ValueError(
+                f"network: wanted it on {pair.fixed.device}, where the images are, "
+                f"got it on {weight.device}"
+            )
+        return weight
 
-    def _notes(
-        self, shape: Sequence[int], new_shape: Sequence[int], affine: Tensor, fixed_affine: Tensor
-    ) -> tuple[str, ...]:
+    def _brought(
+        self,
+        image: Tensor,
+        affine: Tensor,
+        new_affine: Tensor,
+        new_shape: Sequence[int],
+        *,
+        matrix: Tensor | None = None,
+        field: Tensor | None = None,
+    ) -> Tensor:
+        """An image in the contract's intensities on its grid, the least of them around it."""
+        low, scaled = 0.0, image
+        if "range" in self.contract:
+            # Each image's own extremes, over all channels.
+            low, high = self.contract["range"]
+            least, largest = image.flatten(1).aminmax(dim=1)
+            view = (-1, *(1,) * (image.ndim - 1))
+            extent = (largest - least).where(largest > least, torch.ones_like(least))
+            scaled = (image - least.view(view)) / extent.view(view) * (high - low)
+        return resample(scaled, affine, new_affine, new_shape, matrix=matrix, field=field) + low
+
+    def _notes(self, pair: Pair, affine: Tensor, new_shape: Sequence[int]) -> tuple[str, ...]:
         """What was done to the images, for the report."""
+        shape = tuple(pair.fixed.shape[2:])
         notes = []
         if "range" in self.contract:
             low, high = self.contract["range"]
             notes.append(f"intensities of each image scaled to {low:g} .. {high:g}")
-        if tuple(shape) == tuple(new_shape) and torch.equal(affine, fixed_affine):
+        if shape == tuple(new_shape) and torch.equal(affine, pair.fixed_affine):
             notes.append("fixed grid as the network takes it")
         else:
-            kind = [str(self.contract[k]) for k in ("orientation", "spacing") if k in self.contract]
+            kind = [f"{k} {self.contract[k]}" for k in _PLACING if k in self.contract]
             notes.append(
-                f"fixed grid {_size(shape)} brought to {_size(new_shape)} for the network"
-                + (f" ({', '.join(kind)})" if kind else " (zeros around it)")
+                f"fixed grid {_size(shape)} brought to {_size(new_shape)} for the network "
+                f"({', '.join(kind)}), the least intensity around it; its field brought back"
             )
+        masks = [m for m in ("moving", "fixed") if getattr(pair, f"{m}_mask") is not None]
+        if masks:
+            notes.append(f"the network does not use the {' and '.join(masks)} mask")
         return tuple(notes)
+
+
+@contextlib.contextmanager
+def _evaluating(network: Callable[[Tensor, Tensor], Any]) -> Iterator[None]:
+    """Evaluation mode inside, the mode of every part as it was afterwards."""
+    parts = network.modules() if isinstance(network, nn.Module) else ()
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _size(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _carry(field: Tensor, affine: Tensor, new_affine: Tensor, shape: Sequence[int]) -> Tensor:
-    """A field given on one grid, read on another and in its voxels; clamped outside the first."""
-    if tuple(shape) == tuple(field.shape[2:]) and torch.equal(affine, new_affine):
-        return field
+def _read_on(field: Tensor, affine: Tensor, new_affine: Tensor, new_shape: Sequence[int]) -> Tensor:
+    """A field read on another grid and in its voxels, clamped outside.
+
+    Not :func:`reglib.geometry.fields.carry_field`: a straight line is no guess for a wide margin.
+    """
     d = field.shape[1]
     identity = torch.eye(d + 1, dtype=torch.float64, device=field.device).unsqueeze(0)
-    to_first = affine_field(identity, new_affine, affine, shape).to(field)
-    read = sample(field, transform_grid(to_first).expand(len(field), *to_first.shape[1:]))
+    there = transform_grid(affine_field(identity, new_affine, affine, new_shape).to(field))
+    read = sample(field, there.expand(len(field), *there.shape[1:]))
     linear = torch.linalg.solve(new_affine[:d, :d], affine[:d, :d]).to(read)
     with no_autocast(read):
         return torch.einsum("ij,bj...->bi...", linear, read)
