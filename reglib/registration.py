@@ -49,8 +49,7 @@ from reglib.data.nifti import (
     write_field,
 )
 from reglib.geometry.affine import whole_field
-from reglib.geometry.fields import Inverse, invert
-from reglib.geometry.grid import identity_grid
+from reglib.geometry.fields import Inverse, invert, invert_points
 from reglib.geometry.sampling import transform_grid, warp, warp_labels, warp_points
 from reglib.methods.network import Network
 from reglib.methods.pair import Iterate, Method, Pair
@@ -199,19 +198,16 @@ class Registration:
         back = torch.linalg.inv(self.affine).to(u.device)
         still = u.new_zeros((len(u), u.shape[1], *self.moving_shape))
         goal = transform_grid(whole_field(back, still, self.moving_affine, self.fixed_affine))
-        last = u.new_tensor(u.shape[2:]) - 1
-        found = []
-        for one, one_u in zip(goal.flatten(2).mT, u, strict=True):
-            p, miss = _preimage(one, one_u.unsqueeze(0), tolerance=1e-3, most=100)
-            inside = ((p >= 0) & (p <= last)).all(1)
-            worst = float(miss.where(inside, torch.zeros_like(miss)).max())
-            if not worst <= INVERSE_TOLERANCE:
-                raise ValueError(
-                    "field: wanted one that has an inverse, but its inverse misses by "
-                    f"{worst:.3g} voxels"
-                )
-            found.append(p.T.reshape(still.shape[1:]))
-        return (torch.stack(found) - transform_grid(still)).to(self.field.dtype)
+        points, miss = invert_points(goal.flatten(2).mT, u, retries=100)
+        inside = ((points >= 0) & (points <= u.new_tensor(u.shape[2:]) - 1)).all(2)
+        worst = float(miss.where(inside, torch.zeros_like(miss)).max())
+        if not worst <= INVERSE_TOLERANCE:
+            raise ValueError(
+                f"field: wanted one that has an inverse, but its inverse misses by {worst:.3g} "
+                "voxels"
+            )
+        back = points.mT.reshape(still.shape) - transform_grid(still)
+        return back.to(self.field.dtype)
 
     # --- Applying it ------------------------------------------------------------------------
 
@@ -331,16 +327,15 @@ class Registration:
         world = world @ back[:, :-1, :-1].transpose(1, 2) + back[:, None, :-1, -1]
         goal = world_to_voxel(world, self.fixed_affine)
         u = self.field.detach().double().cpu()
-        solved = [_preimage(g, u[i : i + 1], tolerance=1e-4) for i, g in enumerate(goal)]
-        miss = torch.cat([m for _, m in solved])
+        found, miss = invert_points(goal, u, tolerance=1e-4)
         lost = int((miss > 1e-3).sum())
         if lost:
             raise ValueError(
                 f"moving_points: wanted points whose origin can be found, got {lost} of "
                 f"{miss.numel()} that are missed by up to {float(miss.max()):.3g} voxels"
             )
-        found = voxel_to_world(torch.stack([p for p, _ in solved]), self.fixed_affine)
-        return _from_world(found, space, self.fixed_affine).to(moving_points)
+        world = voxel_to_world(found, self.fixed_affine)
+        return _from_world(world, space, self.fixed_affine).to(moving_points)
 
     def _to_voxels(self, points: Tensor, name: str, space: str, affine: Tensor) -> Tensor:
         check_choice(space, "space", ("voxel", "ras", "lps"))
@@ -775,53 +770,6 @@ def _from_world(world: Tensor, space: str, affine: Tensor) -> Tensor:
     return (
         world if space == "ras" else world * world.new_tensor([-1.0, -1.0, 1.0][: world.shape[2]])
     )
-
-
-def _preimage(
-    goal: Tensor, u: Tensor, *, tolerance: float, most: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The p ``(N, D)`` with ``p + u(p) = goal``, all in voxels, and by how much each misses.
-
-    Points that are not found by starting from ``goal``, unless more than ``most``, are sought once
-    more from the voxels that come near it.
-    """
-    found, miss = _follow(goal, goal, u, tolerance)
-    lost = (miss > 10 * tolerance).nonzero().squeeze(1)
-    if 0 < len(lost) <= (len(goal) if most is None else most):
-        there = transform_grid(u).flatten(2)[0].T
-        voxels = identity_grid(u.shape[2:], dtype=u.dtype, device=u.device).flatten(2)[0].T
-        for i in lost.tolist():
-            distance = torch.linalg.vector_norm(there - goal[i], dim=1)
-            near = voxels[distance.topk(min(9, len(voxels)), largest=False).indices]
-            p, m = _follow(near, goal[i].expand_as(near), u, tolerance)
-            found[i], miss[i] = p[m.argmin()], m.min()
-    return found, miss
-
-
-def _follow(start: Tensor, goal: Tensor, u: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """The damped fixed point of :func:`reglib.geometry.fields.invert`, point by point."""
-
-    def rest_at(points: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        rest = warp_points(points.unsqueeze(0), u)[0] - wanted
-        return rest, torch.linalg.vector_norm(rest, dim=1)
-
-    found = start.clone()
-    rest, miss = rest_at(found, goal)
-    step = torch.ones_like(miss)
-    going = (miss > tolerance).nonzero().squeeze(1)
-    for _ in range(200):
-        if not len(going):
-            break
-        trial = found[going] - step[going].unsqueeze(1) * rest[going]
-        trial_rest, trial_miss = rest_at(trial, goal[going])
-        # Any decrease is not enough: where the field turns, full steps go to and fro for ever.
-        better = trial_miss < (1 - 0.05 * step[going]) * miss[going]
-        step[going[~better]] /= 2
-        closer = going[better]
-        found[closer], rest[closer] = trial[better], trial_rest[better]
-        miss[closer] = trial_miss[better]
-        going = going[miss[going] > tolerance]
-    return found, miss
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

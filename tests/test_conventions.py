@@ -112,6 +112,11 @@ FUNCTIONS = {
     "jacobian_det": lambda x: derivatives.jacobian_det(x.a),
     "digital_determinants": lambda x: derivatives.digital_determinants(x.a),
     "invert": lambda x: fields.invert(x.a / 20, tolerance=1e-12).field,
+    "invert_points": lambda x: (
+        fields.invert_points(
+            x.points, x.a / 20, tolerance=1e-12 if x.a.dtype == torch.float64 else 1e-4
+        ).fixed_points
+    ),
     "inverse_consistency": lambda x: fields.inverse_consistency(x.a, x.b),
     "rigid_matrix": rigid,
     "affine_matrix": stretched,

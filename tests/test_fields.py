@@ -12,6 +12,7 @@ from reglib.geometry.fields import (
     integrate,
     inverse_consistency,
     invert,
+    invert_points,
     resize_field_corners,
     upsample_field,
 )
@@ -380,15 +381,63 @@ def test_inverse_consistency_has_gradients(shape):
     )
 
 
-@pytest.mark.parametrize("shape", [(96, 80), (48, 40, 44)], ids=str)
-def test_large_turning_diffeomorphisms_are_inverted(shape):
-    # Up to 14 voxels, with min det J above 0.2: where full steps zigzag unless they must pay off.
-    generator = torch.Generator().manual_seed(1)
-    sigma = 15 if len(shape) == 2 else 10
+@pytest.mark.parametrize(
+    ("shape", "sigma", "amplitude"),
+    [((96, 80), 15, 14.0), ((128, 128), 4, 9.0), ((48, 40, 44), 10, 14.0), ((64, 64, 60), 4, 8.0)],
+    ids=str,
+)
+def test_large_turning_diffeomorphisms_are_inverted(shape, sigma, amplitude):
+    # det J goes down to 0.15 and vectors turn: full steps zigzag there, and small ones never end.
+    generator = torch.Generator().manual_seed(9)
     phi = gaussian_diffeomorphism(
-        shape, batch=2, sigma=sigma, amplitude=14.0, generator=generator
+        shape, batch=2, sigma=sigma, amplitude=amplitude, generator=generator
     ).field
     inverse = invert(phi)
     assert inverse.converged.all()
-    inside = (slice(None), *(slice(20, -20) if n > 60 else slice(16, -16) for n in shape))
+    edge = int(amplitude) + 1
+    inside = (slice(None), *(slice(edge, -edge) for _ in shape))
     assert inverse_consistency(phi, inverse.field)[inside].max() < 2e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_points_are_carried_back_to_where_they_came_from(shape):
+    u = smooth_field(shape, 3.0, batch=3)
+    generator = torch.Generator().manual_seed(0)
+    size = torch.tensor(shape, dtype=torch.float64) - 1
+    points = torch.rand(3, 50, len(shape), generator=generator, dtype=torch.float64) * size
+    found = invert_points(warp_points(points, u), u, tolerance=1e-9)
+    assert (found.error < 1e-9).all()
+    # The field is invertible, so there is one origin; the inverse stretches an error some times.
+    torch.testing.assert_close(found.fixed_points, points, rtol=0, atol=1e-7)
+    alone = invert_points(warp_points(points, u)[1:2], u[1:2], tolerance=1e-9)
+    assert torch.equal(alone.fixed_points[0], found.fixed_points[1])
+    still = invert_points(points, torch.zeros_like(u))
+    assert torch.equal(still.fixed_points, points)
+
+
+def test_a_point_of_a_fold_is_found_again_and_one_out_of_reach_is_not():
+    # Along the first axis phi is 0, 2, 4, 3, 2, 4, 6, ...: 3.5 has three origins.
+    there = torch.tensor([0.0, 2, 4, 3, 2, 4, 6, 7, 8, 9], dtype=torch.float64)
+    u = torch.zeros(1, 2, 10, 8, dtype=torch.float64)
+    u[0, 0] = (there - torch.arange(10)).unsqueeze(1)
+    goal = torch.tensor([[[3.5, 4.0], [4.0, 2.0], [8.5, 3.0]]], dtype=torch.float64)
+    found = invert_points(goal, u)
+    torch.testing.assert_close(warp_points(found.fixed_points, u), goal, rtol=0, atol=1e-3)
+    # A field that takes every voxel to one place reaches no other.
+    u[0, 0], u[0, 1] = 5 - torch.arange(10.0).unsqueeze(1), 5 - torch.arange(8.0)
+    lost = invert_points(goal[:, :1], u)
+    assert lost.error.item() == pytest.approx(((3.5 - 5) ** 2 + (4 - 5) ** 2) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("points", "options", "match"),
+    [
+        (torch.zeros(2, 3, 2), {}, "moving_points, field: wanted the same batch"),
+        (torch.zeros(1, 3, 3), {}, "moving_points: wanted"),
+        (torch.zeros(1, 3, 2), {"tolerance": 0.0}, "tolerance: wanted"),
+        (torch.zeros(1, 3, 2), {"iterations": 0}, "iterations: wanted"),
+    ],
+)
+def test_bad_input_of_invert_points(points, options, match):
+    with pytest.raises(ValueError, match=match):
+        invert_points(points, torch.zeros(1, 2, 5, 6), **options)

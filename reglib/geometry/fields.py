@@ -12,13 +12,14 @@ from torch import Tensor
 from reglib.checks import (
     check_affine,
     check_field,
+    check_points,
     check_positive_int,
     check_same_shape,
     check_shape,
     check_spacing,
 )
-from reglib.geometry.grid import voxel_to_unit
-from reglib.geometry.sampling import transform_grid, warp
+from reglib.geometry.grid import identity_grid, voxel_to_unit
+from reglib.geometry.sampling import transform_grid, warp, warp_points
 
 
 def compose(a: Tensor, b: Tensor) -> Tensor:
@@ -81,11 +82,11 @@ class Inverse(NamedTuple):
 def invert(field: Tensor, *, iterations: int = 100, tolerance: float = 1e-3) -> Inverse:
     """The field of psi with ``phi(psi(x)) = x``, by a damped fixed-point iteration.
 
-    Every voxel follows ``v <- v - s (v + u(x + v))``, where the step ``s`` starts at 1 and is
-    halved whenever the error would not fall by a fifth of it. Where phi folds, or turns by more
-    than a right angle, no step helps: the error stays large, and that is the answer. Only voxels
-    that come from inside the grid count, since ``u`` is not known elsewhere (it is clamped). No
-    gradient is kept.
+    Every voxel follows ``v <- v - s (v + u(x + v))``, where the step ``s`` starts at 1, is halved
+    whenever it does not pay off, and grows again, slowly, where it does. Where phi folds, or turns
+    by more than a right angle, no step helps: the error stays large, and that is the answer. Only
+    voxels that come from inside the grid count, since ``u`` is not known elsewhere (it is clamped).
+    No gradient is kept.
 
     Args:
         field: displacement ``u``, ``(B, D, *S)`` in voxels.
@@ -117,14 +118,120 @@ def invert(field: Tensor, *, iterations: int = 100, tolerance: float = 1e-3) -> 
         trial = v - step * rest
         trial_rest = compose(u, trial)
         trial_miss = torch.linalg.vector_norm(trial_rest, dim=1, keepdim=True)
-        # Any decrease is not enough: where the field turns, full steps go to and fro for ever.
-        better = going & (trial_miss < (1 - 0.2 * step) * miss)
+        better = going & _pays_off(trial_miss, miss, step)
         v, rest = torch.where(better, trial, v), torch.where(better, trial_rest, rest)
-        miss, step = torch.where(better, trial_miss, miss), torch.where(better, step, step / 2)
+        miss, step = torch.where(better, trial_miss, miss), _next_step(step, better)
     outside = voxel_to_unit(transform_grid(v), u.shape[2:]).abs().amax(1, keepdim=True) > 1
     error = miss.masked_fill(outside, -1).flatten(1).amax(1)
     error = torch.where(error < 0, torch.nan, error)
     return Inverse(v.to(field.dtype), error, error <= tolerance)
+
+
+def _pays_off(trial_miss: Tensor, miss: Tensor, step: Tensor) -> Tensor:
+    """Whether a damped step is to be taken: where it makes the error fall enough for its length.
+
+    Any decrease is not enough: where the field turns, full steps go to and fro for ever.
+    """
+    return trial_miss < (1 - 0.3 * step.square()) * miss
+
+
+def _next_step(step: Tensor, paid: Tensor) -> Tensor:
+    return torch.where(paid, (1.1 * step).clamp(max=1), step / 2)
+
+
+class PointInverse(NamedTuple):
+    """Points and how well they were found.
+
+    ``fixed_points`` is ``(B, N, D)`` in voxels; ``error`` ``(B, N)`` is ``|phi(p) - q|`` in voxels.
+    """
+
+    fixed_points: Tensor
+    error: Tensor
+
+
+@torch.no_grad()
+def invert_points(
+    moving_points: Tensor,
+    field: Tensor,
+    *,
+    iterations: int = 200,
+    tolerance: float = 1e-3,
+    retries: int | None = None,
+) -> PointInverse:
+    """Carry points against a field: the p with ``phi(p) = p + u(p) = q``, each solved for alone.
+
+    The iteration of :func:`invert`, from q. A point that it does not find is sought once more from
+    the voxels that phi carries closest to q. Where phi folds, several p may have the same q, and
+    one of them is found. No gradient is kept.
+
+    Args:
+        moving_points: q, ``(B, N, D)`` in voxels of the moving grid.
+        field: displacement ``u``, ``(B, D, *S)`` in voxels, clamped outside its grid.
+        iterations: at most so many; each samples the field at the points that are still sought.
+        tolerance: a point is found when its error is below this, in voxels.
+        retries: no second search if more than this many points of a sample are missed; ``None``
+            searches for all.
+
+    Returns:
+        The points of the fixed grid, dtype of ``moving_points``, and their errors.
+
+    Raises:
+        TypeError, ValueError: if the arguments do not fit.
+    """
+    check_field(field, "field")
+    check_points(moving_points, "moving_points", field.shape[1])
+    check_positive_int(iterations, "iterations")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance: wanted a positive number of voxels, got {tolerance!r}")
+    if len(moving_points) != len(field):
+        raise ValueError(
+            "moving_points, field: wanted the same batch size, "
+            f"got {len(moving_points)} and {len(field)}"
+        )
+    work = torch.promote_types(torch.promote_types(field.dtype, moving_points.dtype), torch.float32)
+    u, goals = field.to(work), moving_points.to(field.device, work)
+    found, error = torch.empty_like(goals), torch.empty_like(goals[..., 0])
+    for i, goal in enumerate(goals):
+        one = u[i : i + 1]
+        points, miss = _follow(goal, goal, one, iterations, tolerance)
+        lost = (miss > tolerance).nonzero().squeeze(1).tolist()
+        if 0 < len(lost) <= (len(goal) if retries is None else retries):
+            there = transform_grid(one).flatten(2)[0].T
+            voxels = identity_grid(one.shape[2:], dtype=work, device=u.device).flatten(2)[0].T
+            for k in lost:
+                distance = torch.linalg.vector_norm(there - goal[k], dim=1)
+                near = voxels[distance.topk(min(9, len(voxels)), largest=False).indices]
+                p, m = _follow(near, goal[k].expand_as(near), one, iterations, tolerance)
+                points[k], miss[k] = p[m.argmin()], m.min()
+        found[i], error[i] = points, miss
+    return PointInverse(found.to(moving_points), error)
+
+
+def _follow(
+    start: Tensor, goal: Tensor, u: Tensor, iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """From ``start`` to the p with ``p + u(p) = goal``, ``(N, D)``, and by how much each misses."""
+
+    def rest_at(points: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        rest = warp_points(points.unsqueeze(0), u)[0] - wanted
+        return rest, torch.linalg.vector_norm(rest, dim=1)
+
+    found = start.clone()
+    rest, miss = rest_at(found, goal)
+    step = torch.ones_like(miss)
+    going = (miss > tolerance).nonzero().squeeze(1)
+    for _ in range(iterations):
+        if not len(going):
+            break
+        trial = found[going] - step[going].unsqueeze(1) * rest[going]
+        trial_rest, trial_miss = rest_at(trial, goal[going])
+        better = _pays_off(trial_miss, miss[going], step[going])
+        step[going] = _next_step(step[going], better)
+        closer = going[better]
+        found[closer], rest[closer] = trial[better], trial_rest[better]
+        miss[closer] = trial_miss[better]
+        going = going[miss[going] > tolerance]
+    return found, miss
 
 
 def inverse_consistency(a: Tensor, b: Tensor, *, spacing: Sequence[float] | None = None) -> Tensor:
