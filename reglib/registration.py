@@ -24,7 +24,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import reglib
 from reglib.checks import (

@@ -180,8 +180,9 @@ def hd95(
 
     This is the definition of DeepMind's ``surface-distance`` package (and of Learn2Reg): the
     surface runs half a voxel outside the outermost voxel centres, through the middles of the edges
-    between inside and outside, and every element counts by its area. MONAI and MedPy report
-    percentiles over voxels instead: other numbers, usually smaller.
+    between inside and outside, and every element counts by its area. MONAI (the larger of two
+    percentiles) and MedPy (one percentile of both directions pooled) count voxels instead: two
+    other numbers, larger or smaller.
 
     Args:
         warped_labels: label map ``(B, 1, *S)``, integers (or floats that hold integers).

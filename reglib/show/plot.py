@@ -312,7 +312,7 @@ def jacobian_map(
         ax.set(xticks=[], yticks=[])
         _colour_bar(ax, shown, label="det J", extend="max" if (plane > 2).any() else "neither")
         if folded.any():
-            label = f"folded, det J ≤ 0 ({100 * folded.mean():.2g} %)"
+            label = f"folded, det J ≤ 0 ({100 * folded.mean():.3g} %)"
             ax.legend(
                 handles=[Patch(color=FOLD, label=label)],
                 loc="upper center",
