@@ -96,6 +96,8 @@ def kernel_environment() -> dict[str, str]:
     environment["PYTHONPATH"] = str(SITE)
     environment["IPYTHONDIR"] = str(BUILD / "ipython")
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    # Threads that wait give their core away: on a busy machine, spinning ones take minutes.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
 
 

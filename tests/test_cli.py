@@ -587,6 +587,12 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"reglib {reglib.__version__}\n", "")
 
 
+def test_python_m_is_the_same_program():
+    command = [sys.executable, "-m", "reglib", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"reglib {reglib.__version__}\n")
+
+
 def test_without_a_command_it_shows_its_help(capsys):
     code, out, err = run(capsys)
     assert (code, err) == (0, "")
