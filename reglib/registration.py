@@ -72,6 +72,9 @@ _MEASURED = ("seconds", "peak_memory", "interrupted", "folding", "ndv", "inverse
 #: An inverse that misses by more than this many voxels anywhere is none.
 INVERSE_TOLERANCE = 0.05
 
+#: A field that folds in more than this share of its voxels has no inverse.
+INVERSE_FOLDING = 1e-4
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Registration:
@@ -178,8 +181,8 @@ class Registration:
         """The inverse of phi on the moving grid: from moving voxels to fixed ones.
 
         Solved for at every moving voxel; beyond the fixed grid u goes on as at its border. There is
-        no inverse where ``x + u(x)`` folds anywhere, or where some voxel that comes from inside
-        the fixed grid cannot be solved for to 0.05 voxels.
+        no inverse where ``x + u(x)`` folds in more than one voxel of 10,000, or where some voxel
+        that comes from inside the fixed grid cannot be solved for to 0.05 voxels.
 
         Returns:
             ``(B, D, *T)``; ``y +`` it is in voxels of the fixed grid.
@@ -189,7 +192,7 @@ class Registration:
         """
         u = self.field.detach().to(torch.promote_types(self.field.dtype, torch.float32))
         folds = torch.maximum(self.folding, self.ndv)
-        if not bool((folds == 0).all()):
+        if not bool((folds <= INVERSE_FOLDING).all()):
             raise ValueError(
                 f"field: wanted one that has an inverse, got one that folds "
                 f"({float(self.folding.max()):.2g} of its voxels, "

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -333,6 +334,43 @@ def test_a_worker_that_dies_is_reported(worker):
     assert "error" in ask(worker, "work")
 
 
+def test_a_package_that_does_not_run_stops_everything(tmp_path, monkeypatch):
+    """Rather than seeing every test pair with nothing but failures."""
+    monkeypatch.setattr(benchmark, "WORK", tmp_path)
+    monkeypatch.setattr(peers, "THREADS", 1)
+    workers = benchmark.Workers(Path(sys.executable), tmp_path)
+    with workers, pytest.raises(SystemExit, match="broken: the artificial pair"):
+        workers.register("broken", {"package": "no such package"})
+
+
+def test_the_environment_is_made_once_for_each_list_of_requirements(tmp_path, monkeypatch):
+    calls: list[list[str]] = []
+    monkeypatch.setattr(benchmark, "REQUIREMENTS", tmp_path / "requirements.txt")
+    benchmark.REQUIREMENTS.write_text("a==1\n")
+    folder = tmp_path / "peers"
+
+    def run(command, check):
+        assert check
+        calls.append([str(word) for word in command])
+        folder.mkdir(exist_ok=True)
+        if "pip" in command and fails:
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    fails = True
+    with pytest.raises(subprocess.CalledProcessError):
+        benchmark.make_environment(folder)
+    fails = False
+    assert benchmark.make_environment(folder) == folder / "bin" / "python"
+    assert len(calls) == 4  # what failed is done again from the start
+    benchmark.make_environment(folder)
+    assert len(calls) == 4
+    benchmark.REQUIREMENTS.write_text("a==2\n")
+    benchmark.make_environment(folder)
+    assert len(calls) == 6
+    assert "--clear" in calls[-2]
+
+
 def test_both_kinds_of_worker_register_and_are_started_again(tmp_path, monkeypatch):
     """The real processes, with this interpreter for that of the peers."""
     monkeypatch.setattr(benchmark, "WORK", tmp_path / "work")
@@ -563,5 +601,9 @@ def test_the_summary_by_hand():
 
 def test_the_estimate_takes_known_times():
     known = [row(PAIRS[0], 0, "peer", seconds=58.0)]
-    assert records.estimate([(*PAIRS[1], "peer")] * 3, known) == pytest.approx(3)
-    assert records.estimate([(*PAIRS[1], "new")], known, unknown=118) == pytest.approx(2)
+    others = [row(PAIRS[0], 0, name, seconds=28.0) for name in ("peer", "ours")]
+    three = [(*pair, "peer") for pair in PAIRS]
+    assert records.estimate(three, known) == pytest.approx(3)
+    assert records.estimate(three, known, others) == pytest.approx(3)
+    assert records.estimate([(*PAIRS[1], "ours")], known, others) == pytest.approx(0.5)
+    assert records.estimate([(*PAIRS[1], "new")], known, others) == pytest.approx(0.2)

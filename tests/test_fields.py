@@ -7,6 +7,7 @@ import torch
 from scipy import ndimage
 
 from reglib.geometry.fields import (
+    carry_field,
     compose,
     downsample_field,
     integrate,
@@ -441,3 +442,163 @@ def test_a_point_of_a_fold_is_found_again_and_one_out_of_reach_is_not():
 def test_bad_input_of_invert_points(points, options, match):
     with pytest.raises(ValueError, match=match):
         invert_points(points, torch.zeros(1, 2, 5, 6), **options)
+
+
+def parallel_grids(d, *, turn=0.4):
+    """An oblique grid and one with its axes in another order and direction, offset and finer."""
+    angle = torch.tensor(turn, dtype=torch.float64)
+    axes = torch.eye(d, dtype=torch.float64)
+    axes[:2, :2] = torch.stack(
+        [torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])]
+    )
+    old, new = torch.eye(d + 1, dtype=torch.float64), torch.eye(d + 1, dtype=torch.float64)
+    old[:d, :d] = axes * torch.tensor([1.5, 2.0, 3.0][:d])
+    old[:d, d] = torch.tensor([-40.0, 25.0, 60.0][:d])
+    order = [1, 2, 0][:d] if d == 3 else [1, 0]
+    new[:d, :d] = axes[:, order] * torch.tensor([-1.1, 0.7, 2.3][:d])
+    new[:d, d] = old[:d, d] + axes @ torch.tensor([3.3, 8.1, 5.7][:d], dtype=torch.float64)
+    return old, new
+
+
+def world_field(affine, shape, vectors):
+    """A displacement in mm, a function of mm, in voxels of a grid: ``(1, D, *S)``."""
+    d = len(shape)
+    voxels = torch.from_numpy(np.indices(shape).reshape(d, -1).T.astype(float))
+    mm = vectors(voxels @ affine[:d, :d].T + affine[:d, d])
+    return torch.linalg.solve(affine[:d, :d], mm.T).reshape(1, d, *shape)
+
+
+def linear_vectors(d, seed=0):
+    matrix = torch.from_numpy(np.random.default_rng(seed).uniform(-0.2, 0.2, (d, d)))
+    return lambda mm: mm @ matrix.T + torch.arange(d) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(("shape", "new_shape"), [((9, 7), (16, 12)), ((6, 5, 7), (7, 9, 4))])
+def test_a_linear_field_is_carried_exactly_beyond_the_border_too(shape, new_shape, batch, dtype):
+    """The same displacement in mm at every place, axes permuted, flipped and scaled.
+
+    To the rounding of fields of 20 voxels at places 100 voxels from the origin.
+    """
+    d = len(shape)
+    old, new = parallel_grids(d)
+    parts = [linear_vectors(d, seed) for seed in range(batch)]
+    u = torch.cat([world_field(old, shape, v) for v in parts]).to(dtype)
+    expected = torch.cat([world_field(new, new_shape, v) for v in parts])
+    carried = carry_field(u, old, new, new_shape)
+    assert carried.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(carried.double(), expected, rtol=0, atol=tolerance)
+    # Some of the new grid lies beyond the old one.
+    corners = torch.tensor([[0.0] * d, [n - 1.0 for n in new_shape]]).double()
+    there = torch.linalg.solve(old[:d, :d], (corners @ new[:d, :d].T + (new - old)[:d, d]).T).T
+    assert (there < -1).any() or (there > torch.tensor(shape)).any()
+
+
+@pytest.mark.parametrize(
+    ("order", "flips"),
+    [((1, 0), (1, 1)), ((0, 1), (-1, 1)), ((2, 0, 1), (1, -1, -1)), ((0, 2, 1), (-1, 1, 1))],
+)
+def test_turning_the_axes_moves_the_vectors_with_them(order, flips):
+    """Node for node the same vector in mm, bit for bit but for signs, and back again."""
+    d = len(order)
+    shape = (4, 6, 5)[:d]
+    old, _ = parallel_grids(d)
+    u = torch.from_numpy(np.random.default_rng(0).standard_normal((2, d, *shape)))
+    linear = old[:d, list(order)] * torch.tensor(flips)
+    first = [0 if f > 0 else shape[a] - 1 for a, f in zip(order, flips, strict=True)]
+    new = old.clone()
+    new[:d, :d] = linear
+    new[:d, d] += old[:d, list(order)] @ torch.tensor(first).double()
+    new_shape = [shape[a] for a in order]
+    carried = carry_field(u, old, new, new_shape)
+    turned = u.permute(0, 1, *(a + 2 for a in order))[:, list(order)]
+    turned = turned.flip([c + 2 for c, f in enumerate(flips) if f < 0])
+    turned = turned * torch.tensor(flips).view(1, d, *(1,) * d)
+    torch.testing.assert_close(carried, turned, rtol=0, atol=1e-12)
+    torch.testing.assert_close(carry_field(carried, new, old, shape), u, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(17, 9), (11, 13, 8)], ids=str)
+def test_carrying_to_a_pooled_grid_and_back_is_the_step_between_pyramid_levels(shape, factor):
+    d = len(shape)
+    fine, _ = parallel_grids(d)
+    coarse = fine.clone()
+    coarse[:d, :d] *= factor
+    coarse[:d, d] += fine[:d, :d] @ torch.full((d,), (factor - 1) / 2, dtype=torch.float64)
+    u = smooth_field(shape, 2.0, batch=2)
+    down = downsample_field(u, factor)
+    torch.testing.assert_close(
+        carry_field(u, fine, coarse, down.shape[2:]), down, rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(
+        carry_field(down, coarse, fine, shape),
+        upsample_field(down, factor, shape),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_carried_field_leads_to_the_same_places(shape):
+    """Half a voxel apart, a smooth field is what SciPy reads there, in mm; nothing is smoothed."""
+    d = len(shape)
+    old, _ = parallel_grids(d)
+    new = old.clone()
+    new[:d, d] += old[:d, :d] @ torch.full((d,), 0.5, dtype=torch.float64)
+    u = smooth_field(shape, 3.0)
+    new_shape = [n - 1 for n in shape]
+    places = np.indices(new_shape) + 0.5
+    expected = np.stack([ndimage.map_coordinates(c, places, order=1) for c in u[0].numpy()])
+    carried = carry_field(u, old, new, new_shape)
+    np.testing.assert_allclose(carried[0].numpy(), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("d", [2, 3])
+def test_a_field_is_carried_to_its_own_grid_as_it_is(d):
+    old, _ = parallel_grids(d)
+    u = torch.ones(1, d, *(3, 4, 5)[:d])
+    assert carry_field(u, old, old.clone(), u.shape[2:]) is u
+
+
+def test_an_axis_of_one_voxel_is_constant_along_itself():
+    old = torch.eye(4, dtype=torch.float64)
+    new = torch.diag(torch.tensor([1.0, 1.0, 0.5, 1.0], dtype=torch.float64))
+    u = smooth_field((6, 5), 2.0).unsqueeze(-1)
+    u = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+    carried = carry_field(u, old, new, (6, 5, 3))
+    expected = u.expand(-1, -1, -1, -1, 3) * torch.tensor([1.0, 1.0, 2.0]).view(1, 3, 1, 1, 1)
+    torch.testing.assert_close(carried, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (3, 4, 3)], ids=str)
+def test_carrying_has_gradients(shape):
+    d = len(shape)
+    old, new = parallel_grids(d)
+    u = torch.from_numpy(np.random.default_rng(0).random((2, d, *shape))).requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: carry_field(f, old, new, (4, 3, 5)[:d]), (u,))
+
+
+def test_what_cannot_be_carried_is_named():
+    u = torch.zeros(1, 2, 4, 5)
+    eye = torch.eye(3)
+    turned = parallel_grids(2)[0]
+    slanted = eye.clone()
+    slanted[0, 1] = 0.01
+    for other in (turned, slanted):
+        with pytest.raises(ValueError, match="affine, new_affine: wanted grids with parallel axes"):
+            carry_field(u, eye, other, (4, 5))
+    with pytest.raises(ValueError, match="new_shape"):
+        carry_field(u, eye, eye, (4, 5, 6))
+    with pytest.raises(TypeError, match="new_shape"):
+        carry_field(u, eye, eye, (4.0, 5.0))
+    with pytest.raises(ValueError, match="new_affine: wanted a 3 x 3 matrix"):
+        carry_field(u, eye, torch.eye(4), (4, 5))
+    with pytest.raises(ValueError, match=r"^affine: wanted axes that span space"):
+        carry_field(u, torch.diag(torch.tensor([1.0, 0.0, 1.0])), eye, (4, 5))
+    with pytest.raises(ValueError, match="field: wanted a field"):
+        carry_field(u[:, :1], eye, eye, (4, 5))
+    with pytest.raises(TypeError, match=r"field: wanted a torch\.Tensor"):
+        carry_field(u.numpy(), eye, eye, (4, 5))
