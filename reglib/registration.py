@@ -427,7 +427,9 @@ class Registration:
                     folder / INVERSE, back, self.moving_affine, moving_affine=self.fixed_affine
                 )
             except ValueError as error:
-                report["inverse"] = f"not written on the moving grid ({error})"
+                reason = str(error).replace("fixed_affine", "moving_affine")
+                reason = reason.replace("fixed image", "moving image")
+                report["inverse"] = f"not written on the moving grid ({reason})"
             else:
                 report["inverse"] = INVERSE
                 names.append(INVERSE)
@@ -518,7 +520,9 @@ def register(
     """Find the transform that carries the fixed image's points to the moving image.
 
     Both images meet through their affines in world mm, whatever their grids. Ctrl-C stops the
-    method and returns the best state so far, marked as interrupted.
+    method and returns the best state so far, marked as interrupted. A pair of a batch gives what it
+    gives alone, but for rounding, which the hundreds of steps of an optimisation amplify: where the
+    images say little, by a voxel in single precision.
 
     Args:
         moving: an ``Image``, or a batch ``(B, C, *T)``; floating point.

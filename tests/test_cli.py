@@ -908,7 +908,9 @@ def test_points_come_back_from_a_fold(tmp_path, capsys):
     for side, (source, target) in steps.items():
         given = ("--points", tmp_path / source, "--space", "ras", "--from", side)
         out = ("--out", tmp_path / target)
-        assert run(capsys, "apply", tmp_path / "u.nii.gz", *given, *out) == (0, "", "")
+        code, text, said = run(capsys, "apply", tmp_path / "u.nii.gz", *given, *out)
+        assert (code, text) == (0, "")
+        assert ("several origins" in said) == (side == "moving")
     given, back = (
         np.loadtxt(tmp_path / name, delimiter=",", skiprows=1) for name in ("p.csv", "r.csv")
     )

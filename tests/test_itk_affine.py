@@ -4,7 +4,10 @@ Numbers are doubles on both sides, so the tolerance is rounding: 1e-9 mm at 100 
 """
 
 import errno
+import importlib.util
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import scipy.io
@@ -13,6 +16,7 @@ import torch
 
 from reglib.data import files
 from reglib.data.itk_affine import read_affine, write_affine
+from reglib.data.nifti import Image, read_image, read_labels
 
 
 def random_matrix(d, seed=0):
@@ -174,3 +178,40 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match=r"nothing was written: '.*a\.mat'"):
         write_affine(tmp_path / "a.mat", random_matrix(3))
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [old]
+
+
+# --- ANTs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["field", "parts"])
+def test_ants_applies_what_is_saved_as_we_do(way, tmp_path):
+    """Image, labels and points through ``field.nii.gz``, or through the field and ``affine.mat``.
+
+    ANTs fills with 0 what lies outside the moving image, so the image is compared inside.
+    """
+    path = Path(__file__).parents[1] / "data_scripts" / "make_ants_applied.py"
+    spec = importlib.util.spec_from_file_location("make_ants_applied", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    ours = script.example()
+    # What ANTs was given is what is saved today.
+    ours.save(tmp_path)
+    for name in ("field.nii.gz", "residual_field.nii.gz"):
+        was, is_now = (nib.load(folder / name).get_fdata() for folder in (script.OUT, tmp_path))
+        np.testing.assert_allclose(is_now, was, rtol=0, atol=1e-5)
+    moving = read_image(script.MOVING)
+    inside = (
+        ours.apply(Image(torch.ones_like(moving.tensor), moving.affine), padding="zeros").tensor
+        > 1 - 1e-6
+    )
+    assert inside.float().mean() > 0.5
+    theirs = read_image(script.OUT / f"{way}_image.nii.gz").tensor
+    # ANTs keeps places in double, fields in single precision: 1e-4 of 200 grey values.
+    apart = (ours.apply(moving).tensor - theirs)[inside].abs().max()
+    assert apart < 0.02
+    labels = read_labels(script.OUT / f"{way}_labels.nii.gz").tensor
+    same = ours.apply_labels(Image(moving.tensor.long(), moving.affine)).tensor == labels
+    assert same[inside].float().mean() > 0.995  # a tie may fall to either side
+    points = torch.tensor([script.POINTS], dtype=torch.float64)
+    moved = np.loadtxt(script.OUT / f"{way}_points.csv", delimiter=",")
+    np.testing.assert_allclose(ours.apply_points(points, space="lps")[0], moved, rtol=0, atol=1e-3)

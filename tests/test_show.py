@@ -155,7 +155,7 @@ def test_jacobian_map_marks_folds_and_leaves_the_identity_alone():
     mask = np.ma.getmaskarray(ax.images[0].get_array())
     assert mask[4].all()
     assert not mask[0].any()
-    assert "12 %" in ax.get_legend().get_texts()[0].get_text()
+    assert "12.5 %" in ax.get_legend().get_texts()[0].get_text()
 
 
 def test_jacobian_map_of_a_volume_is_the_determinant_in_3d():

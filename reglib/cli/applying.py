@@ -18,6 +18,7 @@ from reglib.cli.running import (
     Nonfinite,
     Space,
     in_sentences,
+    say,
 )
 
 
@@ -131,6 +132,11 @@ def apply(
         )
     loaded = images.read_transform(transform)
     table = read_points(points, space, loaded.field.shape[1])
+    if side is Side.MOVING and float(loaded.folding) > 0:
+        say(
+            f"Warning: {transform} folds in {float(loaded.folding):.2%} of its voxels; a point "
+            "that comes from a fold has several origins, of which one is given."
+        )
     carry = loaded.apply_points if side is Side.FIXED else loaded.apply_points_inverse
     write_points(out, table, carry(table.points, space=space))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,6 +120,12 @@ def read_transform(path: Path) -> Registration:
 
     if path.is_dir():
         return Registration.load(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "wanted a folder of 'reglib register' or a field (.nii, .nii.gz)",
+            str(path),
+        )
     u, affine = read_field(path)
     return Registration(
         affine=torch.eye(len(affine), dtype=torch.float64).unsqueeze(0),

@@ -206,6 +206,7 @@ def register(
     with _seeded(seed, where):
         planned = plan(Wish(method, transform, start, similarity, settings or ()), where)
     with _whole_folder(out, force) as folder:
+        fingerprints = {k: _fingerprint(p) for k, p in files._asdict().items() if p is not None}
         inputs = _read(files, nonfinite)
         _check(inputs, planned, method, folder)
         read = time.perf_counter()
@@ -227,7 +228,7 @@ def register(
                     "nonfinite": nonfinite,
                 },
                 "seed": seed,
-                "files": {k: _fingerprint(p) for k, p in files._asdict().items() if p is not None},
+                "files": fingerprints,
                 "timings": {"read": read - begin, "register": found - read},
                 "evaluation": measures,
             },
@@ -277,9 +278,6 @@ def _whole_folder(folder: Path, force: bool) -> Iterator[Path]:
     part, old = (above / f".{secrets.token_hex(6)}.{suffix}" for suffix in ("part", "old"))
     try:
         part.mkdir()
-    except OSError as error:  # the name of the part means nothing to the reader
-        raise OSError(error.errno, f"{error.strerror}, nothing was written", str(folder)) from error
-    try:
         yield part
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
@@ -290,6 +288,13 @@ def _whole_folder(folder: Path, force: bool) -> Iterator[Path]:
             if old.exists():
                 old.rename(target)
             raise
+    except OSError as error:
+        named = Path(os.fsdecode(error.filename)) if error.filename is not None else part
+        if part != named and part not in named.parents:
+            raise
+        # The name of the part means nothing to the reader.
+        reason = (error.strerror or str(error)).removesuffix(", nothing was written")
+        raise OSError(error.errno, f"{reason}, nothing was written", str(folder)) from error
     finally:
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)

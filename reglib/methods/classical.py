@@ -2,12 +2,14 @@
 
 Each method is a frozen set of settings that is called with a pair::
 
-    register(moving, fixed, [Affine(), Displacement()])
+    register(moving, fixed, [Affine(), Velocity()])
 
 Levels are given in millimetres: at a level of 4 mm both images are resampled to voxels of at least
 4 mm (axes that are coarser stay as they are, and none comes down to fewer than eight voxels), and
 the level's solution is where the next begins.
-Every pair of a batch has its own best state and its own stop.
+Every pair of a batch has its own best state and its own stop. Both images of a pair are shifted and
+scaled alike, so ``mse`` wants them on one scale of intensities. A loss that is not finite raises
+``FloatingPointError``.
 """
 
 from __future__ import annotations
@@ -463,7 +465,8 @@ def _moments(image: Tensor, mask: Tensor | None, affine: Tensor) -> tuple[Tensor
 class Displacement:
     """A displacement of every voxel, regularised, by gradient descent from coarse to fine.
 
-    A is kept as the pair has it: put an :class:`Affine` before.
+    A is kept as the pair has it: put an :class:`Affine` before. Nothing keeps such a field from
+    folding but its regularity; a :class:`Velocity` does not fold, at the price of its integration.
 
     Attributes:
         similarity: of (warped, fixed), ``weight``, ``reduction``; lower is better.
@@ -482,12 +485,12 @@ class Displacement:
 
     similarity: Similarity = lncc
     regularity: Similarity = diffusion
-    regularity_weight: float = 1.0
+    regularity_weight: float = 5.0
     levels: Sequence[float] | None = None
     steps: int = 60
     lr: float = 0.2
     tolerance: float = 1e-3
-    nodes: float = 1.0
+    nodes: float = 2.0
 
     def __post_init__(self) -> None:
         _check_deformable(self)
