@@ -11,6 +11,8 @@ import os
 import re
 import socket
 import stat
+import subprocess
+import sys
 import tarfile
 import threading
 import warnings
@@ -701,3 +703,14 @@ def test_landmarks_become_a_table(offer):
     asset["convert"] = ["fair_landmarks_to_csv"]
     with pytest.raises(ValueError, match="wanted a list of landmarks, got none"):
         fetch("others")
+
+
+def test_fetch_is_found_where_the_data_are_and_loads_nothing_before():
+    """A GPU job that imports the library's training has no nibabel beside it."""
+    lines = (
+        "import sys, reglib.training, reglib.data",
+        "assert not {'nibabel', 'pooch'} & set(sys.modules)",
+        "from reglib.data import assets, fetch",
+        "assert fetch is assets.fetch",
+    )
+    subprocess.run([sys.executable, "-c", "; ".join(lines)], check=True)
