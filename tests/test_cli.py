@@ -587,6 +587,14 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"reglib {reglib.__version__}\n", "")
 
 
+def test_a_reader_that_has_seen_enough_is_no_failure(files):
+    reglib_program = Path(sys.executable).with_name("reglib")
+    command = f"{reglib_program} info {files['fixed']} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+
+
 def test_python_m_is_the_same_program():
     command = [sys.executable, "-m", "reglib", "--version"]
     done = subprocess.run(command, capture_output=True, text=True)

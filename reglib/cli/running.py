@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import traceback
 import warnings
@@ -90,6 +91,10 @@ def in_sentences(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             say(NOTHING_WRITTEN)
             raise typer.Exit(1) from None
+        except BrokenPipeError:
+            # The reader of the output, such as `head`, has seen enough. What is left is dropped, or
+            # Python would complain once more when it closes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:
             if kwargs.get("debug"):
                 traceback.print_exc()
