@@ -44,11 +44,12 @@ from reglib.data.itk_affine import read_affine, write_affine
 from reglib.data.nifti import (
     Image,
     read_field,
+    to_lps,
     voxel_to_world,
     world_to_voxel,
     write_field,
 )
-from reglib.geometry.affine import whole_field
+from reglib.geometry.affine import transform_points, whole_field
 from reglib.geometry.fields import Inverse, invert, invert_points
 from reglib.geometry.sampling import transform_grid, warp, warp_labels, warp_points
 from reglib.methods.network import Network
@@ -304,7 +305,7 @@ class Registration:
         points = self._to_voxels(fixed_points, "fixed_points", space, self.fixed_affine)
         moved = warp_points(points.to(self.field), self.field)
         world = voxel_to_world(moved.double().cpu(), self.fixed_affine)
-        world = world @ self.affine[:, :-1, :-1].transpose(1, 2) + self.affine[:, None, :-1, -1]
+        world = transform_points(world, self.affine)
         return _from_world(world, space, self.moving_affine).to(fixed_points)
 
     def apply_points_inverse(self, moving_points: Tensor, *, space: str = "voxel") -> Tensor:
@@ -326,8 +327,7 @@ class Registration:
         """
         points = self._to_voxels(moving_points, "moving_points", space, self.moving_affine)
         world = voxel_to_world(points.double().cpu(), self.moving_affine)
-        back = torch.linalg.inv(self.affine)
-        world = world @ back[:, :-1, :-1].transpose(1, 2) + back[:, None, :-1, -1]
+        world = transform_points(world, torch.linalg.inv(self.affine))
         goal = world_to_voxel(world, self.fixed_affine)
         u = self.field.detach().double().cpu()
         found, miss = invert_points(goal, u, tolerance=1e-4)
@@ -366,8 +366,8 @@ class Registration:
             "interrupted": self.interrupted,
             "folding": float(self.folding),
             "ndv": float(self.ndv),
-            "fixed": _describe_grid(self.fixed_affine, self.field.shape[2:]),
-            "moving": _describe_grid(self.moving_affine, self.moving_shape),
+            "fixed": describe_grid(self.fixed_affine, self.field.shape[2:]),
+            "moving": describe_grid(self.moving_affine, self.moving_shape),
             "affine_ras_mm": self.affine[0].tolist(),
             "history": self.history[0] if self.history else {},
         }
@@ -774,9 +774,7 @@ def _mask(
 def _from_world(world: Tensor, space: str, affine: Tensor) -> Tensor:
     if space == "voxel":
         return world_to_voxel(world, affine)
-    return (
-        world if space == "ras" else world * world.new_tensor([-1.0, -1.0, 1.0][: world.shape[2]])
-    )
+    return world if space == "ras" else world * to_lps(world.shape[2])
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -820,7 +818,8 @@ def _plain(value: Any) -> Any:
     return getattr(value, "__name__", None) or repr(value)
 
 
-def _describe_grid(affine: Tensor, shape: Sequence[int]) -> dict[str, Any]:
+def describe_grid(affine: Tensor, shape: Sequence[int]) -> dict[str, Any]:
+    """Shape, spacing (mm), orientation and affine of a grid, as JSON values."""
     placed = Image(torch.zeros((1, 1, *(1,) * len(shape)), dtype=torch.uint8), affine)
     return {
         "shape": list(shape),

@@ -107,14 +107,9 @@ def write_on_grid(
 def read_transform(path: Path) -> Registration:
     """Read a folder of ``reglib register``, or a displacement field as ITK and ANTs write it.
 
-    A field file does not say where the voxels of the moving image are: its registration has
-    those of the fixed image instead, which is right for images and for points in mm.
-
     Raises:
         OSError, ValueError: if there is neither.
     """
-    import torch
-
     from reglib.data.nifti import read_field
     from reglib.registration import Registration
 
@@ -126,7 +121,23 @@ def read_transform(path: Path) -> Registration:
             "wanted a folder of 'reglib register' or a field (.nii, .nii.gz)",
             str(path),
         )
-    u, affine = read_field(path)
+    return from_field(*read_field(path))
+
+
+def from_field(u: Tensor, affine: Tensor) -> Registration:
+    """The registration that a field file holds.
+
+    It does not say where the voxels of the moving image are: those of the fixed image are put in
+    their place, which is right for images and for points in mm.
+
+    Args:
+        u: ``(1, D, *S)`` in voxels of its grid.
+        affine: ``(D+1, D+1)`` of that grid.
+    """
+    import torch
+
+    from reglib.registration import Registration
+
     return Registration(
         affine=torch.eye(len(affine), dtype=torch.float64).unsqueeze(0),
         field=u,

@@ -61,16 +61,11 @@ def _text(value: object) -> str:
 
 
 def _grid(shape: Sequence[int], affine: Tensor) -> dict[str, Any]:
-    import torch
+    from reglib.registration import describe_grid
 
-    from reglib.data.nifti import Image
-
-    placed = Image(torch.zeros(1, 1, *(1,) * len(shape)), affine)
-    return {
-        "shape": list(shape),
-        "spacing": [round(s, 9) for s in placed.spacing],
-        "orientation": placed.orientation,
-    }
+    found = describe_grid(affine, shape)
+    del found["affine"]  # comes last, in the order of the command
+    return found
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -107,7 +102,7 @@ def _field(path: Path, u: Tensor, affine: Tensor) -> dict[str, Any]:
     d = u.shape[1]
     linear = affine[:d, :d].to(u)
     length = (linear @ u[0].flatten(1)).norm(dim=0)
-    transform = images.read_transform(path)
+    transform = images.from_field(u, affine)
     return {
         "file": str(path),
         "kind": "displacement field",

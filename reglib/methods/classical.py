@@ -27,6 +27,7 @@ from torch import Tensor
 
 from reglib.checks import check_choice, check_numbers, check_positive_int
 from reglib.data.conform import conform_grid, resample
+from reglib.data.nifti import voxel_to_world
 from reglib.geometry.affine import (
     about,
     affine_field,
@@ -175,27 +176,25 @@ def _sizes(pair: Pair, levels: Sequence[float] | None, *, voxels: int | None) ->
 
 
 class _Descent:
-    """Adam on a few tensors with a leading batch axis; every sample stops on its own.
+    """Adam on a tensor with a leading batch axis; every sample stops on its own.
 
     The step falls to a tenth along a half cosine. A sample stops once its loss has not fallen by
     ``tolerance`` of its first value within ``patience`` steps; its best state is kept.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], lr: float, steps: int, tolerance: float, patience: int
+        self, start: Tensor, lr: float, steps: int, tolerance: float, patience: int
     ) -> None:
-        self.parameters = [p.detach().clone().requires_grad_() for p in parameters]
-        self.best = [p.detach().clone() for p in parameters]
+        self.parameters = start.detach().clone().requires_grad_()
+        self.best = start.detach().clone()
         self.lr, self.steps, self.tolerance, self.patience = lr, steps, tolerance, patience
         # Adam divides by the root of the mean square: eps must be far below any gradient.
-        self.optimiser = torch.optim.Adam(self.parameters, lr=lr, eps=1e-12)
+        self.optimiser = torch.optim.Adam([self.parameters], lr=lr, eps=1e-12)
         self.count = 0
-        b = len(self.parameters[0])
-        self.active = torch.ones(b, dtype=torch.bool, device=self.parameters[0].device)
-        self.loss = torch.full((b,), math.inf, device=self.active.device)
+        self.active = torch.ones(len(start), dtype=torch.bool, device=start.device)
 
-    def _per_sample(self, flag: Tensor, like: Tensor) -> Tensor:
-        return flag.view(-1, *(1,) * (like.ndim - 1))
+    def _per_sample(self, flag: Tensor) -> Tensor:
+        return flag.view(-1, *(1,) * (self.best.ndim - 1))
 
     def step(self, loss: Tensor) -> None:
         """Note the loss ``(B,)`` of the present state, and leave it for a better one."""
@@ -208,8 +207,8 @@ class _Descent:
             self.reference, self.since = self.loss.clone(), torch.zeros_like(value)
         better = (value < self.loss) & self.active
         self.loss = torch.where(better, value, self.loss)
-        for kept, p in zip(self.best, self.parameters, strict=True):
-            kept.copy_(torch.where(self._per_sample(better, p), p.detach(), kept))
+        now = self.parameters.detach()
+        self.best.copy_(torch.where(self._per_sample(better), now, self.best))
         # The best is compared with what it was when it last fell visibly.
         fell = self.loss < self.reference - self.tolerance * self.first
         self.reference = torch.where(fell, self.loss, self.reference)
@@ -222,12 +221,10 @@ class _Descent:
         fall = 0.55 + 0.45 * math.cos(math.pi * self.count / self.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr * rise * fall
-        stay = None if bool(self.active.all()) else [p.detach().clone() for p in self.parameters]
+        stay = None if bool(self.active.all()) else now.clone()
         self.optimiser.step()
         if stay is not None:
-            with torch.no_grad():
-                for p, old in zip(self.parameters, stay, strict=True):
-                    p.copy_(torch.where(self._per_sample(self.active, p), p, old))
+            now.copy_(torch.where(self._per_sample(self.active), now, stay))
         self.count += 1
 
     @property
@@ -370,11 +367,11 @@ def _descend_affine(
         return change @ start.to(change)
 
     zeros = u.new_zeros(b, turns + d if rigid else 2 * (turns + d))
-    descent = _Descent([zeros], method.lr * level.size, method.steps, method.tolerance, 20)
+    descent = _Descent(zeros, method.lr * level.size, method.steps, method.tolerance, 20)
     still = not bool(u.any())
     while descent.running:
         active = descent.active
-        here = matrix(descent.parameters[0])
+        here = matrix(descent.parameters)
         if still:
             whole = affine_field(here, level.fixed_affine, level.moving_affine, level.shape)
         else:
@@ -386,7 +383,7 @@ def _descend_affine(
             name,
             {"similarity": loss.detach()},
             active,
-            lambda: (matrix(descent.best[0].cpu().double()), field),
+            lambda: (matrix(descent.best.cpu().double()), field),
         )
 
 
@@ -447,9 +444,8 @@ def _moments(image: Tensor, mask: Tensor | None, affine: Tensor) -> tuple[Tensor
     mass = mass.flatten(1).double().cpu()
     mass = mass + (mass.sum(1, keepdim=True) == 0)  # a constant image has its middle
     mass = mass / mass.sum(1, keepdim=True)
-    d = image.ndim - 2
     voxels = identity_grid(image.shape[2:], dtype=torch.float64).flatten(2)[0].T
-    world = voxels @ affine[:d, :d].T + affine[:d, d]
+    world = voxel_to_world(voxels.unsqueeze(0), affine)[0]
     centre = mass @ world
     apart = world - centre.unsqueeze(1)
     covariance = torch.einsum("bn,bni,bnj->bij", mass, apart, apart)
@@ -661,9 +657,9 @@ def _deform(
             return carry_field(*model.field(p), level.fixed_affine, level.shape)
 
         start = model.begin(state, grid)
-        descent = _Descent([start], method.lr, method.steps, method.tolerance, 10)
+        descent = _Descent(start, method.lr, method.steps, method.tolerance, 10)
         while descent.running:
-            active, here = descent.active, descent.parameters[0]
+            active, here = descent.active, descent.parameters
             field = on_level(here / 2 if symmetric else here)
             whole = field if under is None else compose(under, field)
             whole = whole_field(matrix, whole, level.fixed_affine, level.moving_affine)
@@ -678,6 +674,6 @@ def _deform(
                 f"{name}, {size:.3g} mm",
                 {key: term.detach() for key, term in terms.items()},
                 active,
-                partial(transform, descent.best[0], model),
+                partial(transform, descent.best, model),
             )
-        state, grid = model.end(descent.best[0])
+        state, grid = model.end(descent.best)
