@@ -65,12 +65,19 @@ CAP = 600.0
 #: Voxels at each face that ``folding_inside`` leaves out, as Learn2Reg does.
 MARGIN = 2
 
-#: Ours, with the library's defaults: classes of :mod:`reglib.methods.classical`, one after another.
+#: Ours: classes of :mod:`reglib.methods.classical`, one after another, and what is not the default.
 OURS: dict[str, dict[str, Any]] = {
-    "reglib affine": {"package": "reglib", "methods": ["Affine"]},
-    "reglib affine + displacement": {"package": "reglib", "methods": ["Affine", "Displacement"]},
-    "reglib affine + velocity": {"package": "reglib", "methods": ["Affine", "Velocity"]},
-    "reglib affine + B-spline": {"package": "reglib", "methods": ["Affine", "BSpline"]},
+    name: {"package": "reglib", "methods": methods}
+    for name, methods in {
+        "reglib affine": {"Affine": {}},
+        "reglib affine + displacement": {"Affine": {}, "Displacement": {}},
+        "reglib affine + velocity": {"Affine": {}, "Velocity": {}},
+        "reglib affine + velocity, fast": {
+            "Affine": {"levels": [4.0], "steps": 20},
+            "Velocity": {"steps": 8, "lr": 0.3, "squarings": 4},
+        },
+        "reglib affine + B-spline": {"Affine": {}, "BSpline": {}},
+    }.items()
 }
 CONFIGURATIONS = OURS | peers.CONFIGURATIONS
 
@@ -392,7 +399,7 @@ def artificial_pair() -> tuple[Image, Image]:
 def run_reglib(moving: str, fixed: str, field: str, settings: dict[str, Any]) -> peers.Watch:
     """Ours, in a process of its own like the peers."""
     m, f = read_image(moving), read_image(fixed)
-    methods = [getattr(classical, name)() for name in settings["methods"]]
+    methods = [getattr(classical, name)(**own) for name, own in settings["methods"].items()]
     with peers.Watch() as watch:
         found = register(m, f, methods, progress=False)
     write_field(field, found.whole_field(), f.affine, moving_affine=m.affine)

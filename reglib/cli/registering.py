@@ -146,9 +146,9 @@ def register(
         Similarity | None,
         typer.Option(
             "--similarity",
-            help="What the method optimises. Default: ncc for rigid and affine, lncc for the "
-            "deformable ones. mi and mind are for images of different kinds; their start takes mi, "
-            "that of the others ncc.",
+            help="What the method optimises. Default: ncc for rigid and affine, lncc in windows of "
+            "5 voxels for the deformable ones. mi and mind are for images of different kinds; "
+            "their start takes mi, that of the others ncc.",
         ),
     ] = None,
     settings: Annotated[

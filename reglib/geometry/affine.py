@@ -249,8 +249,13 @@ def affine_field(
     """
     check_shape(shape, (2, 3))
     d = len(shape)
-    change = _voxel_change(matrix, fixed_affine, moving_affine, d)
-    with no_autocast(matrix):
+    return _linear_field(_voxel_change(matrix, fixed_affine, moving_affine, d), shape)
+
+
+def _linear_field(change: Tensor, shape: Sequence[int]) -> Tensor:
+    """The field ``change`` times x, of homogeneous voxel coordinates x."""
+    d = len(shape)
+    with no_autocast(change):
         view = (-1, d, *(1,) * d)
         field = change[:, :-1, -1].reshape(view)
         for axis in reversed(range(d)):
@@ -298,8 +303,8 @@ def whole_field(
     d = field.shape[1]
     check_matrix(matrix, "matrix", dimensions=(d,), batches=(1, field.shape[0]))
     u = field.to(torch.promote_types(field.dtype, torch.float32))
-    base = affine_field(matrix.to(u.device), fixed_affine, moving_affine, field.shape[2:])
-    linear = _voxel_change(matrix.to(u.device), fixed_affine, moving_affine, d)[:, :d, :d].to(u)
+    change = _voxel_change(matrix.to(u.device), fixed_affine, moving_affine, d)
+    base, linear = _linear_field(change, field.shape[2:]), change[:, :d, :d].to(u)
     with no_autocast(u):
         # (1 + linear) u, so that u comes through unchanged where the grids are the same.
         turned = torch.einsum("bij,bj...->bi...", linear.expand(len(u), d, d), u)

@@ -58,6 +58,9 @@ LEAST_OVERLAP = 0.5
 #: Steps until the step size has risen to its full length.
 WARM_UP = 5
 
+#: Windows of five voxels show structures that nine blur; and fields fold less.
+_LNCC = partial(lncc, window=5)
+
 
 # --- What all of them share -----------------------------------------------------------------
 
@@ -465,7 +468,8 @@ class Displacement:
     folding but its regularity; a :class:`Velocity` does not fold, at the price of its integration.
 
     Attributes:
-        similarity: of (warped, fixed), ``weight``, ``reduction``; lower is better.
+        similarity: of (warped, fixed), ``weight``, ``reduction``; lower is better. The default is
+            local correlation in windows of five voxels.
         regularity: of (field in voxels), ``spacing`` in mm, ``reduction``; lower is better.
         regularity_weight: of the regularity in the loss.
         levels: mm, coarse to fine; ``None`` takes 4, 2 and 1 times the smallest voxel size.
@@ -479,11 +483,11 @@ class Displacement:
         TypeError, ValueError: if a setting is malformed.
     """
 
-    similarity: Similarity = lncc
+    similarity: Similarity = _LNCC
     regularity: Similarity = diffusion
     regularity_weight: float = 5.0
     levels: Sequence[float] | None = None
-    steps: int = 60
+    steps: int = 30
     lr: float = 0.2
     tolerance: float = 1e-3
     nodes: float = 2.0
@@ -511,11 +515,11 @@ class Velocity:
     Image Analysis 2008, doi:10.1016/j.media.2007.06.004.
     """
 
-    similarity: Similarity = lncc
+    similarity: Similarity = _LNCC
     regularity: Similarity = diffusion
-    regularity_weight: float = 1.0
+    regularity_weight: float = 0.5
     levels: Sequence[float] | None = None
-    steps: int = 60
+    steps: int = 30
     lr: float = 0.2
     tolerance: float = 1e-3
     nodes: float = 2.0
@@ -544,11 +548,11 @@ class BSpline:
     Rueckert et al., IEEE TMI 1999, doi:10.1109/42.796284.
     """
 
-    similarity: Similarity = lncc
+    similarity: Similarity = _LNCC
     regularity: Similarity = diffusion
     regularity_weight: float = 1.0
     levels: Sequence[float] | None = None
-    steps: int = 60
+    steps: int = 30
     lr: float = 0.2
     tolerance: float = 1e-3
     nodes: int = 4
