@@ -34,13 +34,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import peers
 import torch
 from benchmark_record import DRAWS, UNREGISTERED, Record, Row, estimate, key, table
+from brains import ixi_structures, relabel, scaled
 from provenance import ROOT, provenance
 from torch import Tensor
 
@@ -112,32 +113,6 @@ class Set(NamedTuple):
     pairs: int
 
 
-def ixi_structures() -> dict[str, tuple[int, ...]]:
-    """29 structures and their MUSE labels."""
-    both = {
-        "accumbens": (23, 30),
-        "amygdala": (31, 32),
-        "caudate": (36, 37),
-        "cerebellum cortex": (38, 39),
-        "cerebellum white matter": (40, 41),
-        "hippocampus": (47, 48),
-        "lateral ventricle": (51, 52),
-        "pallidum": (55, 56),
-        "putamen": (57, 58),
-        "thalamus": (59, 60),
-        "ventral DC": (61, 62),
-    }
-    found = {"brain stem": (35,), "third ventricle": (4,), "fourth ventricle": (11,)}
-    for name, sides in both.items():
-        found |= {f"{side} {name}": (n,) for side, n in zip(("right", "left"), sides, strict=True)}
-    return found | {
-        "right cerebral white matter": tuple(range(81, 95, 2)),
-        "left cerebral white matter": tuple(range(82, 95, 2)),
-        "right cortex": tuple(range(100, 208, 2)),
-        "left cortex": tuple(range(101, 208, 2)),
-    }
-
-
 SETS = {
     "ixi_2mm": Set("t1_brain", "dlmuse", ixi_structures(), 2, 10),
     "hippocampus": Set("imagesTr", "labelsTr", {"anterior": (1,), "posterior": (2,)}, 3, 20),
@@ -185,26 +160,11 @@ class Loaded(NamedTuple):
     fixed_labels: Tensor
 
 
-def relabel(labels: Tensor, structures: Iterable[tuple[int, ...]]) -> Tensor:
-    """Number structures, each made of some labels, from 1; all other labels become 0."""
-    table = torch.zeros(int(labels.max()) + 1, dtype=torch.long)
-    for number, members in enumerate(structures, 1):
-        table[[n for n in members if n < len(table)]] = number
-    return table[labels]
-
-
-def scaled(image: Image) -> Image:
-    """Least value to 0, 99th percentile to 1, clipped: one bright voxel must not set the scale."""
-    values = image.tensor
-    low, high = values.min(), torch.quantile(values.double(), 0.99).to(values)
-    return Image(((values - low) / (high - low)).clamp(0, 1), image.affine)
-
-
 def load(case: Case) -> Loaded:
     """Read a case."""
     if case.set == COLIN:
         brains = datasets.colin27(), datasets.mni152()
-        images = [scaled(brain.image) for brain in brains]
+        images = [Image(scaled(brain.image.tensor), brain.image.affine) for brain in brains]
         ids = zip(*datasets.SHARED_STRUCTURES.values(), strict=True)
         labels = [
             relabel(brain.labels.tensor, [(n,) for n in numbers])
@@ -213,7 +173,8 @@ def load(case: Case) -> Loaded:
         return Loaded(STRUCTURES[case.set], *images, *labels)
     one, folder = SETS[case.set], fetch(case.set)
     members = (case.moving, case.fixed)
-    images = [scaled(read_image(folder / one.images / f"{m}.nii.gz")) for m in members]
+    images = [read_image(folder / one.images / f"{m}.nii.gz") for m in members]
+    images = [Image(scaled(image.tensor), image.affine) for image in images]
     maps = [read_labels(folder / one.labels / f"{m}.nii.gz") for m in members]
     for image, labelled in zip(images, maps, strict=True):
         if not torch.allclose(image.affine, labelled.affine, atol=1e-3):
@@ -391,7 +352,7 @@ def artificial_pair() -> tuple[Image, Image]:
             place = (centre + torch.tensor([shift, 0.0, 0.0])).view(1, 3, 1, 1, 1)
             apart = (x - place).square().sum(1, keepdim=True)
             total += (0.4 + n / 20) * (-apart / 20).exp()
-        return scaled(Image(total, affine))
+        return Image(scaled(total), affine)
 
     return image(1.5), image(0.0)
 

@@ -136,17 +136,14 @@ def test_relabel_by_a_plain_loop():
 
 def test_scaling_does_not_depend_on_the_unit_or_on_one_bright_voxel():
     values = torch.rand(1, 1, 20, 20, 20, generator=torch.Generator().manual_seed(0))
-    affine = torch.eye(4)
-    plain = benchmark.scaled(Image(values, affine)).tensor
+    plain = benchmark.scaled(values)
     assert plain.min() == 0
     assert plain.max() == 1
-    torch.testing.assert_close(
-        benchmark.scaled(Image(5000 * values + 70, affine)).tensor, plain, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(benchmark.scaled(5000 * values + 70), plain, atol=1e-5, rtol=0)
     bright = values.clone()
     bright[..., 3, 3, 3] = 1000
     # The percentile moves by one voxel of 8,000.
-    assert (benchmark.scaled(Image(bright, affine)).tensor - plain).abs().median() < 1e-3
+    assert (benchmark.scaled(bright) - plain).abs().median() < 1e-3
 
 
 # --- Measuring ------------------------------------------------------------------------------
@@ -375,7 +372,7 @@ def test_both_kinds_of_worker_register_and_are_started_again(tmp_path, monkeypat
     """The real processes, with this interpreter for that of the peers."""
     monkeypatch.setattr(benchmark, "WORK", tmp_path / "work")
     monkeypatch.setattr(peers, "THREADS", 1)
-    ours = {"package": "reglib", "methods": ["Rigid"]}
+    ours = {"package": "reglib", "methods": {"Rigid": {}}}
     theirs = benchmark.CONFIGURATIONS["SimpleITK affine"]
     folder = tmp_path / "files"
     folder.mkdir()
@@ -401,7 +398,7 @@ def test_both_kinds_of_worker_register_and_are_started_again(tmp_path, monkeypat
 # --- Records --------------------------------------------------------------------------------
 
 SETTINGS = {
-    "ours": {"package": "reglib", "methods": ["Affine"]},
+    "ours": {"package": "reglib", "methods": {"Affine": {}}},
     "peer": {"package": "SimpleITK", "iterations": 7},
 }
 CASES = [benchmark.Case("toy", f"m{n}", f"f{n}", n) for n in range(3)]
