@@ -12,8 +12,8 @@ function raises ``TypeError`` or ``ValueError`` if an argument is not what it sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -464,3 +464,42 @@ def random_pair(
     (moving, moving_labels), (fixed, fixed_labels) = views
     field = _interpolate(spacing * compose(back, phi[batch:]), spacing, shape)
     return RandomPair(moving, fixed, moving_labels, fixed_labels, field)
+
+
+class RandomPairs:
+    """An endless stream of :func:`random_pair`, which can be stopped and gone on with.
+
+    ``reglib.training.fit`` keeps its state in the checkpoint.
+
+    Args:
+        shape: spatial shape ``S``.
+        seed: of a generator of its own.
+        device: where the pairs are made.
+        options: all other arguments of :func:`random_pair`.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> None:
+        check_shape(shape, (2, 3))
+        self.shape, self.options = tuple(shape), options
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Moving, fixed and the labels of both, without end."""
+        while True:
+            pair = random_pair(self.shape, generator=self.generator, **self.options)
+            yield pair.moving, pair.fixed, pair.moving_labels, pair.fixed_labels
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the stream is."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there, on a device of the same kind."""
+        self.generator.set_state(state["generator"].cpu())

@@ -698,3 +698,28 @@ def test_bad_arguments_are_named(call, error, message):
 def affine(centre=None, **options):
     centre = torch.zeros(1, 2) if centre is None else centre
     return random_affine(centre, **{"rotation": 0.1, "translation": 1, "scale": 0.1} | options)
+
+
+def test_a_stream_of_pairs_goes_on_where_its_state_was_taken():
+    options = {"batch": 2, "cell": 8.0, "count": 5}
+    stream = synth.RandomPairs((18, 14), seed=3, **options)
+    generator = torch.Generator().manual_seed(3)
+    pairs = iter(stream)
+    # The pairs of random_pair, one after the other.
+    for _ in range(2):
+        plain = synth.random_pair((18, 14), generator=generator, **options)
+        for found, wanted in zip(next(pairs), plain, strict=False):
+            assert torch.equal(found, wanted)
+    state = stream.state_dict()
+    rest = [next(pairs) for _ in range(2)]
+    again = synth.RandomPairs((18, 14), seed=99, **options)
+    again.load_state_dict(state)
+    for wanted, found in zip(rest, again, strict=False):
+        for a, b in zip(wanted, found, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 5, 6, 7), (0, 3)])
+def test_a_stream_of_pairs_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match="shape"):
+        synth.RandomPairs(shape)
