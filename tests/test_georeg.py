@@ -23,7 +23,8 @@ from reglib.methods import georeg
 from reglib.objectives.metrics import folding
 from reglib.objectives.regularity import bending
 from reglib.objectives.similarity import mse, ncc
-from reglib.training import fit, save_weights
+from reglib.training import fit
+from reglib.weights import save_weights
 
 SHAPES = {2: (12, 16), 3: (8, 12, 16)}
 

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from reglib.checks import (
@@ -171,6 +170,9 @@ def affine_parameters(matrix: Tensor, *, centre: Tensor) -> AffineParameters:
     if d == 2:
         rotation = torch.atan2(turn[:, 1, 0], turn[:, 0, 0]).unsqueeze(1)
     else:
+        # Late: scripts that train may run where SciPy is not.
+        from scipy.spatial.transform import Rotation
+
         vectors = Rotation.from_matrix(turn.cpu().numpy()).as_rotvec()
         rotation = torch.from_numpy(vectors).to(turn)
     row, column = torch.triu_indices(d, d, 1).to(upper.device)

@@ -49,7 +49,7 @@ from reglib.geometry.sampling import transform_grid, warp
 from reglib.geometry.smoothing import pool, pyramid
 from reglib.objectives.regularity import bending
 from reglib.objectives.similarity import ncc
-from reglib.training import load_weights, save_weights
+from reglib.weights import load_weights, save_weights
 
 #: The network trained by ``data_scripts/georeg_mnist.py``, relative to this folder.
 WEIGHTS = "weights/georeg_mnist.safetensors"
