@@ -584,7 +584,7 @@ def register(
         interrupted=interrupted,
         settings={
             "reglib": reglib.__version__,
-            "method": [_describe(m) for m in methods],
+            "method": [describe_method(m) for m in methods],
             "notes": notes,
             "masks": [
                 name
@@ -782,7 +782,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
-def _describe(method: object) -> dict[str, Any]:
+def describe_method(method: object) -> dict[str, Any]:
     """Name and settings of a method as JSON values."""
     if isinstance(method, Network):
         card = getattr(method.network, "card", None) or {}
@@ -814,7 +814,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # arrays and their numbers
         return _plain(value.tolist())
     if isinstance(value, functools.partial) or dataclasses.is_dataclass(value):
-        return _describe(value)
+        return describe_method(value)
     return getattr(value, "__name__", None) or repr(value)
 
 

@@ -473,22 +473,15 @@ class RandomPairs:
 
     Args:
         shape: spatial shape ``S``.
-        seed: of a generator of its own.
-        device: where the pairs are made.
+        generator: source of randomness, which the stream shares; the pairs are on its device.
         options: all other arguments of :func:`random_pair`.
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        *,
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        **options: Any,
-    ) -> None:
+    def __init__(self, shape: Sequence[int], *, generator: torch.Generator, **options: Any) -> None:
         check_shape(shape, (2, 3))
-        self.shape, self.options = tuple(shape), options
-        self.generator = torch.Generator(device).manual_seed(seed)
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: wanted a torch.Generator, got {generator!r}")
+        self.shape, self.generator, self.options = tuple(shape), generator, options
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Moving, fixed and the labels of both, without end."""

@@ -702,8 +702,8 @@ def affine(centre=None, **options):
 
 def test_a_stream_of_pairs_goes_on_where_its_state_was_taken():
     options = {"batch": 2, "cell": 8.0, "count": 5}
-    stream = synth.RandomPairs((18, 14), seed=3, **options)
-    generator = torch.Generator().manual_seed(3)
+    first, generator = (torch.Generator().manual_seed(3) for _ in range(2))
+    stream = synth.RandomPairs((18, 14), generator=first, **options)
     pairs = iter(stream)
     # The pairs of random_pair, one after the other.
     for _ in range(2):
@@ -712,7 +712,7 @@ def test_a_stream_of_pairs_goes_on_where_its_state_was_taken():
             assert torch.equal(found, wanted)
     state = stream.state_dict()
     rest = [next(pairs) for _ in range(2)]
-    again = synth.RandomPairs((18, 14), seed=99, **options)
+    again = synth.RandomPairs((18, 14), generator=torch.Generator().manual_seed(9), **options)
     again.load_state_dict(state)
     for wanted, found in zip(rest, again, strict=False):
         for a, b in zip(wanted, found, strict=True):
@@ -722,4 +722,6 @@ def test_a_stream_of_pairs_goes_on_where_its_state_was_taken():
 @pytest.mark.parametrize("shape", [(8,), (4, 5, 6, 7), (0, 3)])
 def test_a_stream_of_pairs_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match="shape"):
-        synth.RandomPairs(shape)
+        synth.RandomPairs(shape, generator=torch.Generator())
+    with pytest.raises(TypeError, match="generator"):
+        synth.RandomPairs((4, 5), generator=3)

@@ -1,4 +1,4 @@
-"""Command line: ``reglib register | apply | evaluate | info | fetch``.
+"""Command line: ``reglib register | apply | evaluate | info | fetch | train``.
 
 Everything heavy is imported inside the commands, so that help comes at once. Exit codes: 0 done,
 1 failed, 2 misuse (the words of the command line do not fit together, whatever the files hold).
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from reglib import REPOSITORY, __version__
-from reglib.cli import applying, evaluating, looking, registering, running
+from reglib.cli import applying, evaluating, looking, registering, running, training
 
 _HELP = f"""Deformable image registration of NIfTI images and pictures (PNG, JPEG, TIFF).
 
@@ -36,6 +36,9 @@ app.command("apply")(applying.apply)
 app.command("evaluate")(evaluating.evaluate)
 app.command("info")(looking.info)
 app.command("fetch")(looking.fetch)
+train = typer.Typer(help="Train networks.", rich_markup_mode=None)
+train.command("pretrain")(training.pretrain)
+app.add_typer(train, name="train")
 
 
 @app.callback(invoke_without_command=True)

@@ -203,7 +203,7 @@ def plan(wish: Wish, device: torch.device) -> Plan:
     if start is not Start.NONE:
         # Images of different kinds need a measure that allows for it from the beginning.
         other_kind = wish.similarity in (Similarity.MI, Similarity.MIND)
-        first = {"similarity": _similarity(Similarity.MI)} if other_kind else {}
+        first = {"similarity": similarity_function(Similarity.MI)} if other_kind else {}
         methods.append((_rigid if start is Start.RIGID else _affine)(first, device))
     settings: dict[str, Any] = dict(_split(text) for text in wish.settings)
     if wish.similarity is not None:
@@ -213,7 +213,7 @@ def plan(wish: Wish, device: torch.device) -> Plan:
                 f"got {wish.similarity}",
                 param_hint="--similarity",
             )
-        settings["similarity"] = _similarity(wish.similarity)
+        settings["similarity"] = similarity_function(wish.similarity)
     try:
         methods.append(kind.make(settings, device))
     except (TypeError, ValueError) as error:
@@ -228,7 +228,8 @@ def _split(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _similarity(name: Similarity) -> Callable[..., torch.Tensor]:
+def similarity_function(name: Similarity) -> Callable[..., torch.Tensor]:
+    """The similarity that a word means."""
     from reglib.objectives import mind, similarity
 
     return {

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -40,15 +40,33 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-class _Files(NamedTuple):
+class Files(NamedTuple):
     """Where everything is."""
 
     moving: Path
     fixed: Path
-    moving_labels: Path | None
-    fixed_labels: Path | None
-    moving_mask: Path | None
-    fixed_mask: Path | None
+    moving_labels: Path | None = None
+    fixed_labels: Path | None = None
+    moving_mask: Path | None = None
+    fixed_mask: Path | None = None
+
+
+class Request(NamedTuple):
+    """What was asked for, whatever the images.
+
+    Attributes:
+        wish: the method.
+        label_mode: how labels are resampled.
+        nonfinite: what NaN and infinite voxels become; ``None`` refuses them.
+        device: where to compute.
+        seed: of all randomness.
+    """
+
+    wish: Wish
+    label_mode: LabelMode = LabelMode.NEAREST
+    nonfinite: float | None = None
+    device: Device = Device.AUTO
+    seed: int = 0
 
 
 class _Inputs(NamedTuple):
@@ -65,19 +83,18 @@ class _Inputs(NamedTuple):
     notes: list[str]
 
 
+class Done(NamedTuple):
+    """What was found, from what, and what it says of the labels and of itself."""
+
+    result: Registration
+    inputs: _Inputs
+    measures: dict[str, Any] | None
+    summary: list[str]
+
+
 @in_sentences
 def register(
     context: typer.Context,
-    moving: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MOVING", help="Image to be brought onto the fixed one.", show_default=False
-        ),
-    ],
-    fixed: Annotated[
-        Path,
-        typer.Argument(metavar="FIXED", help="Image that stays as it is.", show_default=False),
-    ],
     method: Annotated[
         Name,
         typer.Option(
@@ -94,10 +111,21 @@ def register(
         typer.Option(
             "--out",
             metavar="DIR",
-            help="Folder of the results; it appears when all of them are there.",
+            help="Folder of the results; it appears when all of them are there. With --pairs, of "
+            "the tables and of a folder for each pair.",
             show_default=False,
         ),
     ],
+    moving: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="MOVING", help="Image to be brought onto the fixed one.", show_default=False
+        ),
+    ] = None,
+    fixed: Annotated[
+        Path | None,
+        typer.Argument(metavar="FIXED", help="Image that stays as it is.", show_default=False),
+    ] = None,
     moving_labels: Annotated[
         Path | None,
         typer.Option(
@@ -168,9 +196,50 @@ def register(
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Replace the results of an earlier run in DIR.", show_default=False
+            "--force",
+            help="Replace the results of an earlier run in DIR; with --pairs, those of other "
+            "settings or other files.",
+            show_default=False,
         ),
     ] = False,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            "--pairs",
+            metavar="CSV",
+            help="Register many pairs instead: a table with the columns moving and fixed, and "
+            "where wanted name, moving_mask, fixed_mask, moving_labels, fixed_labels; paths are "
+            "relative to its folder. What is done already is skipped, what fails is listed.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            metavar="N",
+            help="With --pairs: how many processes, each with one pair at a time. Default: as many "
+            "as the cores allow.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            min=1,
+            metavar="N",
+            help="With --pairs: threads of each process. Default: OMP_NUM_THREADS, else up to 4.",
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            "--scheduler",
+            metavar="ADDRESS",
+            help="With --pairs: a scheduler of dask.distributed, such as tcp://host:8786, whose "
+            "workers see the same files.",
+        ),
+    ] = None,
     quiet: Annotated[
         bool,
         typer.Option("--quiet", help="No progress bar and no summary.", show_default=False),
@@ -193,63 +262,181 @@ def register(
     report.png            before, after, deformed grid, Jacobian determinant
 
     Ctrl-C ends the search; the best state so far is written, with exit code 1.
-    """  # noqa: D301  # \b keeps the lines of a paragraph
-    if fixed_labels is not None and moving_labels is None:
-        raise typer.BadParameter(
-            "wanted --moving-labels with it, got none", param_hint="--fixed-labels"
-        )
-    from reglib import registration
 
-    where = _device(device)
-    begin = time.perf_counter()
-    files = _Files(moving, fixed, moving_labels, fixed_labels, moving_mask, fixed_mask)
-    with _seeded(seed, where):
-        planned = plan(Wish(method, transform, start, similarity, settings or ()), where)
-    with _whole_folder(out, force) as folder:
-        fingerprints = {k: _fingerprint(p) for k, p in files._asdict().items() if p is not None}
-        inputs = _read(files, nonfinite)
-        _check(inputs, planned, method, folder)
-        read = time.perf_counter()
-        with _seeded(seed, where):
-            result = _register(inputs, planned, where, quiet)
-        found = time.perf_counter()
-        measures = _write_images(result, inputs, label_mode, folder, fixed)
-        result = dataclasses.replace(
-            result,
-            settings={
-                **result.settings,
-                "notes": [*inputs.notes, *result.settings["notes"]],
-                "command": ["reglib", *context.obj],
-                "options": {
-                    "method": method,
-                    "start": planned.start,
-                    "label_mode": label_mode,
-                    "device": device,
-                    "nonfinite": nonfinite,
-                },
-                "seed": seed,
-                "files": fingerprints,
-                "timings": {"read": read - begin, "register": found - read},
-                "evaluation": measures,
-            },
+    With --pairs this happens for every row of a table, several at a time (needs the extra
+    reglib[scale]): each pair has a folder of its own, summary.csv has a row for each, failed.csv
+    lists those that failed, with exit code 1. After Ctrl-C the same command goes on.
+
+    \b
+    reglib register --pairs pairs.csv --method svf --out DIR --workers 8
+    """  # noqa: D301  # \b keeps the lines of a paragraph
+    files = _files(
+        {
+            "moving": moving,
+            "fixed": fixed,
+            "moving_labels": moving_labels,
+            "fixed_labels": fixed_labels,
+            "moving_mask": moving_mask,
+            "fixed_mask": fixed_mask,
+        },
+        {"--workers": workers, "--threads": threads, "--scheduler": scheduler},
+        pairs,
+    )
+    wish = Wish(method, transform, start, similarity, tuple(settings or ()))
+    request = Request(wish, label_mode, nonfinite, device, seed)
+    if pairs is not None:
+        from reglib.cli import cohort
+
+        cohort.register_pairs(
+            pairs,
+            request,
+            out,
+            client=scheduler,
+            workers=workers,
+            threads=threads,
+            force=force,
+            quiet=quiet,
         )
-        summary = _summary(result, measures)
-        _write_report_figure(result, inputs, folder / PICTURE, f"{method}: {summary[0]}")
-        result.save(folder)
-        if not (folder / registration.INVERSE).exists():
-            summary.append("No inverse field was written: report.json says why")
+        return
+    assert files is not None
+    where = device_of(device)
+    planned = plan_of(request, where)
+    with _whole_folder(out, force) as folder:
+        command = ["reglib", *context.obj]
+        done = register_files(files, request, planned, where, folder, command, quiet=quiet)
     if not quiet:
-        print("\n".join(summary))
+        print("\n".join(done.summary))
         print(f"Written: {out}")
-    if result.interrupted:
+    if done.result.interrupted:
         say(f"Interrupted: {out} holds the best state so far.")
         raise typer.Exit(1)
+
+
+def register_files(
+    files: Files,
+    request: Request,
+    planned: Plan,
+    where: torch.device,
+    folder: Path,
+    command: list[str],
+    *,
+    quiet: bool,
+    tell: Callable[[str], None] = say,
+) -> Done:
+    """Register a pair of files and write everything into a folder.
+
+    Args:
+        files: where everything is.
+        request: what was asked for.
+        planned: the methods that this means.
+        where: the device that this means.
+        folder: of the results; it is there already, and empty.
+        command: words that repeat the run, for the report.
+        quiet: no progress bar.
+        tell: takes warnings, a sentence each.
+
+    Returns:
+        What was found.
+
+    Raises:
+        OSError, ValueError: if the files do not hold what is needed, or cannot be written.
+    """
+    from reglib import registration
+
+    begin = time.perf_counter()
+    fingerprints = {k: _fingerprint(p) for k, p in files._asdict().items() if p is not None}
+    inputs = _read(files, request.nonfinite, tell)
+    _check(inputs, planned, request.wish.method, folder)
+    read = time.perf_counter()
+    with _seeded(request.seed, where):
+        result = _register(inputs, planned, where, quiet)
+    found = time.perf_counter()
+    measures = _write_images(result, inputs, request.label_mode, folder, files.fixed)
+    result = dataclasses.replace(
+        result,
+        settings={
+            **result.settings,
+            "notes": [*inputs.notes, *result.settings["notes"]],
+            "command": command,
+            "options": options_of(request, planned) | {"device": request.device},
+            "seed": request.seed,
+            "files": fingerprints,
+            "timings": {"read": read - begin, "register": found - read},
+            "evaluation": measures,
+        },
+    )
+    summary = _summary(result, measures)
+    title = f"{request.wish.method}: {summary[0]}"
+    _write_report_figure(result, inputs, folder / PICTURE, title)
+    result.save(folder)
+    if not (folder / registration.INVERSE).exists():
+        summary.append("No inverse field was written: report.json says why")
+    return Done(result, inputs, measures, summary)
 
 
 # --- Before ---------------------------------------------------------------------------------
 
 
-def _device(device: Device) -> torch.device:
+def _files(
+    given: dict[str, Path | None], running: dict[str, object], pairs: Path | None
+) -> Files | None:
+    """The files of a single pair, ``None`` for a table of pairs; raise for what does not fit."""
+    named = {name: path for name, path in given.items() if path is not None}
+    if pairs is not None:
+        if named.keys() & {"moving", "fixed"}:
+            raise typer.BadParameter("wanted either MOVING and FIXED or --pairs, got both")
+        if named:
+            column = next(iter(named))
+            raise typer.BadParameter(
+                f"wanted the files of each pair in a column {column} of the table",
+                param_hint=f"--{column.replace('_', '-')}",
+            )
+        if running["--scheduler"] is not None:
+            for name in ("--workers", "--threads"):
+                if running[name] is not None:
+                    raise typer.BadParameter(
+                        "wanted none with --scheduler, which has its own", param_hint=name
+                    )
+        return None
+    for name, value in running.items():
+        if value is not None:
+            raise typer.BadParameter("wanted it with --pairs only", param_hint=name)
+    for name in ("moving", "fixed"):
+        if name not in named:
+            raise typer.BadParameter(f"wanted MOVING and FIXED, or --pairs, got no {name.upper()}")
+    if "fixed_labels" in named and "moving_labels" not in named:
+        raise typer.BadParameter(
+            "wanted --moving-labels with it, got none", param_hint="--fixed-labels"
+        )
+    return Files(**named)
+
+
+def plan_of(request: Request, where: torch.device) -> Plan:
+    """The methods that a request means.
+
+    Raises:
+        typer.BadParameter: if a method cannot do what is asked of it.
+    """
+    with _seeded(request.seed, where):
+        return plan(request.wish, where)
+
+
+def options_of(request: Request, planned: Plan) -> dict[str, Any]:
+    """What decides about the results beside methods, seed and files, as JSON values."""
+    return {
+        "method": request.wish.method,
+        "start": planned.start,
+        "label_mode": request.label_mode,
+        "nonfinite": request.nonfinite,
+    }
+
+
+def device_of(device: Device) -> torch.device:
+    """The device that a word means.
+
+    Raises:
+        ValueError: if there is none on this machine.
+    """
     import torch
 
     there = torch.cuda.is_available()
@@ -325,7 +512,7 @@ def _check_replaceable(folder: Path, force: bool) -> None:
         )
 
 
-def _read(files: _Files, nonfinite: float | None) -> _Inputs:
+def _read(files: Files, nonfinite: float | None, tell: Callable[[str], None]) -> _Inputs:
     from reglib.data.nifti import read_labels
 
     def colours(path: Path, image: Image) -> list[str]:
@@ -346,9 +533,9 @@ def _read(files: _Files, nonfinite: float | None) -> _Inputs:
         ]
     notes = [str(warning.message) for warning in caught]
     for note in notes:
-        say(f"Warning: {note}")
+        tell(f"Warning: {note}")
     for note in colours(files.moving, moving) + colours(files.fixed, fixed):
-        say(f"Note: {note}")
+        tell(f"Note: {note}")
         notes.append(note)
     return _Inputs(
         original=moving,
@@ -475,6 +662,8 @@ def _summary(result: Registration, measures: dict[str, Any] | None) -> list[str]
 
 
 def _write_report_figure(result: Registration, inputs: _Inputs, path: Path, title: str) -> None:
+    import matplotlib.pyplot as plt
+
     from reglib.data.files import write_bytes
     from reglib.show.report import registration_report
 
@@ -495,6 +684,7 @@ def _write_report_figure(result: Registration, inputs: _Inputs, path: Path, titl
     )
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120, bbox_inches="tight", pad_inches=0.1)
+    plt.close(figure)  # a process may draw many
     write_bytes(path, content.getvalue())
 
 
