@@ -44,7 +44,7 @@ from reglib.methods import pretraining, transmorph
 from reglib.objectives.metrics import dice, folding, ndv
 from reglib.objectives.similarity import lncc
 from reglib.synth import RandomPairs
-from reglib.training import fit
+from reglib.training import fit, warm_up
 from reglib.weights import load_weights, save_weights
 
 SIZES: dict[str, dict[str, Any]] = json.loads(
@@ -242,7 +242,12 @@ def pretrain(run: Run, size: dict[str, Any], folder: Path, device: str) -> dict[
     if run.variant == "brains":
         pairs = BrainPairs(pool(images, size["pooled"]).to(device), None, run.seed)
     else:
-        pairs = RandomPairs(shape, generator=_generator(run.seed, device), cell=size["cell"])
+        pairs = RandomPairs(
+            shape,
+            generator=_generator(run.seed, device),
+            cell=size["cell"],
+            batch=size["pretrain"]["batch"],
+        )
     settings = size["pretrain"]
     history = fit(
         network,
@@ -251,6 +256,7 @@ def pretrain(run: Run, size: dict[str, Any], folder: Path, device: str) -> dict[
         steps=settings["steps"],
         lr=settings["lr"],
         optimiser=torch.optim.AdamW,
+        schedule=warm_up,
         checkpoint=folder / f"{run.name}.checkpoint",
         progress=False,
     )
@@ -294,6 +300,7 @@ def finetune(
         steps=settings["steps"],
         lr=run.lr or settings["lr"],
         optimiser=functools.partial(torch.optim.Adam, amsgrad=True),
+        schedule=warm_up,
         checkpoint=folder / f"{run.name}.checkpoint",
         validate=lambda net: 1 - mean_dice(measure(net, size, "validation", device, full=False)),
         validate_every=settings["validate_every"],

@@ -53,6 +53,16 @@ def polynomial(spent: float, power: float = 0.9) -> float:
     return (1 - spent) ** power
 
 
+def warm_up(spent: float, share: float = 0.1, then: Schedule = half_cosine) -> float:
+    """0 at the start, rising along a line to 1 at ``share``; from there on ``then``, from its 0.
+
+    What networks with attention need; others through ``functools.partial``.
+
+    Goyal et al., arXiv:1706.02677, section 2.2.
+    """
+    return spent / share if spent < share else then((spent - share) / (1 - share))
+
+
 def fit(
     network: nn.Module,
     pairs: Iterable[Sequence[Any]],

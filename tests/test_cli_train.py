@@ -14,7 +14,7 @@ import torch
 from reglib.cli import main, training
 from reglib.methods import pretraining, transmorph
 from reglib.synth import RandomPairs
-from reglib.training import fit
+from reglib.training import fit, warm_up
 from reglib.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +42,7 @@ def test_the_command_is_the_library_s_training(tmp_path, loss):
         steps=3,
         lr=1e-3,
         optimiser=torch.optim.AdamW,
+        schedule=warm_up,
         progress=False,
     )
     for name, wanted in encoder.state_dict().items():

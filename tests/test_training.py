@@ -18,7 +18,7 @@ from torch import nn
 from reglib.geometry.grid import identity_grid
 from reglib.geometry.sampling import warp
 from reglib.objectives.similarity import mse
-from reglib.training import fit, half_cosine, polynomial
+from reglib.training import fit, half_cosine, polynomial, warm_up
 from reglib.weights import load_state, load_weights, save_state, save_weights
 
 SHIFTS = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
@@ -285,7 +285,9 @@ def weights_of(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-@pytest.mark.parametrize("schedule", [half_cosine, polynomial, lambda spent: 1 / (1 + spent)])
+@pytest.mark.parametrize(
+    "schedule", [half_cosine, polynomial, warm_up, lambda spent: 1 / (1 + spent)]
+)
 def test_it_takes_the_steps_of_a_plain_loop(schedule):
     """Torch's own loop with its schedulers and its clipping, to the bit."""
     torch.manual_seed(0)
@@ -339,6 +341,11 @@ def test_schedules_fall_from_1_to_0():
         assert (values[0], values[-1]) == (1, pytest.approx(0, abs=1e-15))
         assert values == sorted(values, reverse=True)
     assert polynomial(0.75) == 0.25**0.9
+    # The line up to the share, and what follows from its own start to its own end.
+    assert [warm_up(s) for s in (0, 0.05, 0.1, 0.55, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    rising = partial(warm_up, share=0.5, then=polynomial)
+    assert rising(0.25) == 0.5
+    assert rising(0.75) == polynomial(0.5)
     assert half_cosine(0.5) == pytest.approx(0.5)
 
 

@@ -342,6 +342,22 @@ def test_fusion_is_the_convolution_of_the_concatenation(dimensions) -> None:
     torch.testing.assert_close(fusion(deep, skip), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shape", [(5, 8), (4, 5, 6), (20, 30, 40)], ids=str)
+def test_small_volumes_are_convolved_like_any_others(shape, batch) -> None:
+    """The result and every gradient: a single small volume takes another way on a CPU."""
+    torch.manual_seed(0)
+    conv = (nn.Conv2d if len(shape) == 2 else nn.Conv3d)(4, 3, 3, padding=1).double()
+    x, weights = torch.rand(batch, 4, *shape).double(), torch.rand(batch, 3, *shape).double()
+    results = []
+    for function in (conv, lambda x: transmorph.convolve(x, conv.weight, conv.bias)):
+        leaves = [x.clone().requires_grad_(), *conv.parameters()]
+        y = function(leaves[0])
+        results.append((y, *torch.autograd.grad((weights * y).sum(), leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_time_steps_compose_what_they_find_in_the_warped_image(dimensions) -> None:
     network = moved(dataclasses.replace(SETTINGS[dimensions], time_steps=3))

@@ -75,7 +75,12 @@ def pretrain(
         ),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 1000,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate to begin with.")] = 4e-4,
+    lr: Annotated[
+        float,
+        typer.Option(
+            "--lr", help="Highest learning rate: it rises over a tenth of the steps, then falls."
+        ),
+    ] = 4e-4,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pairs a process sees at once.")] = 1,
     accumulate: Annotated[
         int, typer.Option("--accumulate", min=1, help="Batches whose mean gradient makes a step.")
@@ -123,7 +128,7 @@ def pretrain(
 
     from reglib.methods import pretraining, transmorph
     from reglib.synth import RandomPairs
-    from reglib.training import fit
+    from reglib.training import fit, warm_up
 
     place = device_of(device)
     fabric: Any = None
@@ -152,6 +157,7 @@ def pretrain(
         steps=steps,
         lr=lr,
         optimiser=torch.optim.AdamW,
+        schedule=warm_up,
         accumulate=accumulate,
         precision=precision.value,
         checkpoint=out / CHECKPOINT,

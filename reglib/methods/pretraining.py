@@ -5,13 +5,13 @@ random images". A light decoder at each stage of an encoder, and one head more o
 features (the ensemble), each predict a Gaussian of the displacement at every voxel. The loss is
 equation 1: the dissimilarity of warped and fixed image and the roughness of the ensemble's field,
 and a Kullback-Leibler divergence that pulls stages and ensemble together. Afterwards the decoders
-are thrown away and :func:`transfer` copies the encoder into a registration network.
+are thrown away and ``transfer`` copies the encoder into a registration network.
 
 The random images are those of :func:`reglib.synth.random_pair`. An encoder is any module that is
 called with a moving and a fixed image, ``(B, inputs, *S)`` each, gives a list of feature maps,
 coarsest first, and says in its attributes ``dimensions`` and ``inputs`` what it takes, and in
 ``channels`` and ``strides``, coarsest first, what its maps are (a stride is voxels of the images
-per voxel of the map): :class:`reglib.methods.transmorph.Encoder` is one, :class:`BothImages` makes
+per voxel of the map): :class:`reglib.methods.transmorph.Encoder` is one, ``BothImages`` makes
 one of an encoder that sees one image at a time.
 
 The released code (C) differs from the paper (P) in ways that matter here:
@@ -19,7 +19,7 @@ The released code (C) differs from the paper (P) in ways that matter here:
 - In P the divergence is that of the stages from the ensemble, KL(ensemble || stage), in C the
   other way round, and C takes for the logarithm of the standard deviation what its sampling takes
   for the logarithm of the variance: ``kl="consistent"`` and ``kl="released"`` of
-  :func:`objective`, each with its own weight.
+  ``objective``, each with its own weight.
 - C has weight 0.5 for the roughness where the images are 224 voxels a side, P 1 throughout.
 - C draws a field for every stage and uses the ensemble's only; only that is drawn here.
 """
@@ -44,8 +44,8 @@ from reglib.methods.transmorph import check_images, convolve, upsample_features
 from reglib.objectives.regularity import diffusion
 from reglib.objectives.similarity import lncc, soft_dice
 
-#: The forms of the divergence, and the weight eta of each: with both, at the initial variance, a
-#: disagreement of 1 voxel between a stage and the ensemble costs about 23.
+#: The forms of the divergence, and the weight eta of each. With both, at the initial variance, a
+#: stage that is 1 voxel of the decoders' grid away from the ensemble costs about 23.
 KL_WEIGHTS = {"consistent": 2e-3, "released": 1e-7}
 
 #: Weighted by a Gaussian within 9 voxels, as in the released code's pretraining.
@@ -56,7 +56,7 @@ class Gaussian(NamedTuple):
     """A distribution of displacements: independent at every voxel and for every component.
 
     Decoders work on a coarse grid, where ``factor`` voxels of the images make one of theirs; the
-    properties and :meth:`sample` are on the grid of the images and in its voxels.
+    properties and ``sample`` are on the grid of the images and in its voxels.
     """
 
     mean: Tensor  #: displacement ``(B, D, *S / factor)`` on the decoders' grid, in its voxels
@@ -142,8 +142,10 @@ class GaussianHead(nn.Module):
 class PretrainingNetwork(nn.Module):
     """An encoder with a light decoder and a Gaussian head at every stage.
 
-    The decoders end at half the stride of the encoder's finest map. In training the field is drawn,
-    from the attribute ``generator`` (``None``: torch's own); in evaluation it is the mean.
+    The decoders end at half the stride of the encoder's finest map, but not below one voxel. In
+    training the field is drawn, from the attribute ``generator`` (``None``: torch's own); in
+    evaluation it is the mean. Begin with a learning rate that rises over a tenth of the steps or so
+    (``schedule`` of :func:`reglib.training.fit`): a Swin encoder may learn nothing otherwise.
 
     Args:
         encoder: as described at the top of this module. It is used, not copied.
@@ -295,10 +297,10 @@ def kl_divergence(p: Gaussian, q: Gaussian) -> Tensor:
 
 
 def released_kl_divergence(p: Gaussian, q: Gaussian) -> Tensor:
-    """What the released code computes: KL(p || q) as if the log-variance l were that of sigma.
+    """What the released code computes: KL(p || q) as if l were the logarithm of the deviation.
 
-    ``l_q - l_p + (exp(2 l_p) + (m_p - m_q)^2) / (2 exp(2 l_q)) - 1 / 2``. It depends on the unit of
-    length: here that is a voxel of the decoders' grid, as there.
+    With the log-variances l, ``l_q - l_p + (exp(2 l_p) + (m_p - m_q)^2) / (2 exp(2 l_q)) - 1 / 2``.
+    It depends on the unit of length: here that is a voxel of the decoders' grid, as there.
 
     Args:
         p: on the same grid as ``q``.
@@ -384,9 +386,9 @@ def dice_objective(
         fixed_labels: likewise.
         extras: whatever else the stream of pairs holds; not used.
         count: number of labels.
-        regularity_weight: as in :func:`objective`.
-        kl: as in :func:`objective`.
-        kl_weight: as in :func:`objective`.
+        regularity_weight: as in ``objective``.
+        kl: as in ``objective``.
+        kl_weight: as in ``objective``.
 
     Returns:
         Terms ``"similarity"``, ``"regularity"`` and, unless ``kl`` is ``None``, ``"kl"``.
@@ -424,7 +426,7 @@ def transfer(pretrained: nn.Module, network: nn.Module) -> list[str]:
     """Copy the weights of a pretrained encoder into a network; all of them, and nothing else.
 
     Args:
-        pretrained: a :class:`PretrainingNetwork`, or an encoder.
+        pretrained: a ``PretrainingNetwork``, or an encoder.
         network: has an ``encoder`` of the same settings. Its other weights stay as they are, and
             all of them can be trained.
 

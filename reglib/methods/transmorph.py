@@ -146,8 +146,8 @@ def _counts(values: Sequence[int], name: str) -> tuple[int, ...]:
     return tuple(int(v) for v in values)
 
 
-#: ``paper``: 160 x 192 x 224 voxels of 1 mm. ``small``: brains of about 80 x 96 x 80 voxels of
-#: 2 mm. ``tiny``: 40 x 48 x 40 voxels of 4 mm, on a CPU.
+#: ``paper`` is for 160 x 192 x 224 voxels of 1 mm, ``small`` for brains of 80 x 96 x 80 voxels of
+#: 2 mm or so, ``tiny`` for 40 x 48 x 40 voxels of 4 mm on a CPU.
 PRESETS: dict[str, Settings] = {
     "paper": Settings(),
     "small": Settings(
@@ -200,7 +200,7 @@ def _split(x: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def _join(windows: Tensor, window: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Undo :func:`_split`: ``(B, W, N, C)`` -> ``(B, *S, C)``."""
+    """Undo ``_split``: ``(B, W, N, C)`` -> ``(B, *S, C)``."""
     d = len(window)
     counts = [n // w for n, w in zip(shape, window, strict=True)]
     tiles = windows.reshape(len(windows), *counts, *window, windows.shape[-1])
@@ -291,7 +291,7 @@ class Block(nn.Module):
     """x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)), on tokens ``(B, *T, C)``.
 
     Args:
-        channels: C.
+        channels: of the tokens, C.
         heads: of the attention.
         window: tokens along each axis of a window.
         expansion: hidden channels of the MLP in multiples of C.
@@ -562,7 +562,7 @@ class TransMorph(nn.Module):
             in the backward pass: the same numbers in less memory and more time.
 
     Raises:
-        TypeError: if ``settings`` is no :class:`Settings`.
+        TypeError: if ``settings`` is no ``Settings``.
     """
 
     def __init__(self, settings: Settings, *, checkpointing: bool = False) -> None:
@@ -737,11 +737,11 @@ def save(module: TransMorph | Encoder, path: str | Path, *, card: Mapping[str, o
 
 
 def load(path: str | Path, *, checkpointing: bool = False) -> TransMorph:
-    """Read a network written by :func:`save`.
+    """Read a network written by ``save``.
 
     Args:
         path: a safetensors file.
-        checkpointing: as in :class:`TransMorph`.
+        checkpointing: as in ``TransMorph``.
 
     Returns:
         The network in evaluation mode and single precision, on the CPU; its ``card`` is everything
@@ -757,7 +757,7 @@ def load(path: str | Path, *, checkpointing: bool = False) -> TransMorph:
 
 
 def load_encoder(path: str | Path, *, checkpointing: bool = False) -> Encoder:
-    """Read an encoder written by :func:`save`. Arguments, result and errors as :func:`load`."""
+    """Read an encoder written by ``save``. Arguments, result and errors as ``load``."""
     return _load(path, Encoder, checkpointing)[0]
 
 
