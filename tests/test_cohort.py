@@ -91,9 +91,11 @@ def client():
     settings = {
         "distributed.scheduler.allowed-failures": 1,
         "distributed.scheduler.worker-saturation": "inf",
+        "distributed.nanny.pre-spawn-environ": {"MALLOC_TRIM_THRESHOLD_": None},
     }
     options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": 0, "env": environment}
     with (
+        cohort._environment({}),  # dask sets some for all processes to come
         dask.config.set(settings),
         distributed.LocalCluster(dashboard_address=None, silence_logs=50, **options) as cluster,
         distributed.Client(cluster) as client,
@@ -747,3 +749,11 @@ def test_without_dask_it_says_what_to_install(data, tmp_path, monkeypatch, capsy
     assert (code, out) == (1, "")
     assert re.fullmatch(r'Error: .*pip install "reglib\[scale\]"\n', err)
     assert not (tmp_path / "o").exists()
+
+
+def test_the_environment_is_as_it_was(data, tmp_path):
+    """What dask sets for its workers slows the allocation of memory in all later processes."""
+    before = dict(os.environ)
+    assert "MALLOC_TRIM_THRESHOLD_" not in before
+    register_cohort(pairs_of(data, [1]), METHOD, tmp_path / "out", workers=1, threads=1)
+    assert dict(os.environ) == before
