@@ -1,6 +1,8 @@
 """Make the data that travels with the package: reglib/data/samples/.
 
-    python data_scripts/make_samples.py [mnist] [brains] [--root FOLDER] [--packages FOLDER]
+    python data_scripts/make_samples.py [SAMPLE ...] [--root FOLDER] [--packages FOLDER]
+
+of mnist, brains and hippocampi; all if none is named.
 
 mnist: the official files (``--root``, or what ``reglib.data.assets.fetch`` gives), of which the
 first 400 digits of each class of the training set and the first 100 of each class of
@@ -17,7 +19,12 @@ without skull and are stored
 * as the axial slice 2 mm above the origin, with the spacing of 1 mm of the source, unfiltered.
 
 Colin27 keeps the field of view of its source; MNI152, the grid that others come to, is cut to the
-brain and a margin of 8 mm. The files depend on the packages alone.
+brain and a margin of 8 mm.
+
+hippocampi: boxes of 56 x 72 x 56 voxels of 1 mm around the left and the right hippocampus of both
+brains, unfiltered, from the same packages. The right ones are mirrored along their first axis; of
+the labels, hippocampus (1) and amygdala (2) of the box's side are kept. Whoever deforms a box has
+four voxels at every face to take from. The files depend on the packages alone.
 """
 
 from __future__ import annotations
@@ -100,6 +107,8 @@ MARGIN = 8.0
 # Beyond the width of a sulcus: the published skull-stripped Colin27 is cut down into the sulci,
 # the template is not.
 CLOSING = 4
+# Of the boxes around hippocampi, at every face.
+BOX_MARGIN = 4
 
 
 # --- MNIST ----------------------------------------------------------------------------------
@@ -235,22 +244,64 @@ def make_brains(packages: Path | None) -> None:
     write_bytes(SAMPLES / "label_names.json", (json.dumps(names, indent=1) + "\n").encode())
 
 
+# --- Hippocampi -----------------------------------------------------------------------------
+
+
+def hippocampus_box(
+    image: np.ndarray, labels: np.ndarray, numbers: tuple[int, ...], *, mirror: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The box whose middle is that of the first structure, and its labels, ``numbers`` from 1."""
+    shape = [n + 2 * BOX_MARGIN for n in datasets.HIPPOCAMPUS_SHAPE]
+    places = np.argwhere(labels == numbers[0])
+    start = (places.min(0) + places.max(0) + 1) // 2 - np.array(shape) // 2
+    box = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
+    if min(start) < 0 or image[box].shape != tuple(shape):
+        raise ValueError(f"image: wanted a box of {shape} from {start} on, got {image.shape}")
+    marked = np.zeros(shape, np.uint8)
+    for value, number in enumerate(numbers, 1):
+        marked[labels[box] == number] = value
+    return (image[box][::-1], marked[::-1]) if mirror else (image[box], marked)
+
+
+def make_hippocampi(packages: Path | None) -> None:
+    """Write hippocampus.npz."""
+    boxes = []
+    for column, (read, source) in enumerate(((colin27, "colin27"), (mni152, "mni152_2009a"))):
+        image, labels, _, _ = read(fetch(source, downloads=packages))
+        for side in ("left", "right"):
+            numbers = tuple(
+                datasets.SHARED_STRUCTURES[f"{side} {structure}"][column]
+                for structure in ("hippocampus", "amygdala")
+            )
+            boxes.append(hippocampus_box(image, labels, numbers, mirror=side == "right"))
+    images, labels = (np.stack(parts).astype(np.uint8) for parts in zip(*boxes, strict=True))
+    path = SAMPLES / "hippocampus.npz"
+    save_reproducibly(path, {"images": images, "labels": labels})
+    print(path, images.shape, path.stat().st_size, "bytes")
+
+
 def main() -> None:
     """Write the samples asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("samples", nargs="*", metavar="SAMPLE", help="mnist, brains; all if none")
+    samples = ("mnist", "brains", "hippocampi")
+    parser.add_argument(
+        "samples", nargs="*", metavar="SAMPLE", help=f"{', '.join(samples)}; all if none"
+    )
     parser.add_argument("--root", type=Path, help="folder with the four files of MNIST")
     parser.add_argument("--packages", type=Path, help="folder of the packages")
     arguments = parser.parse_args()
-    unknown = set(arguments.samples) - {"mnist", "brains"}
+    unknown = set(arguments.samples) - set(samples)
     if unknown:
-        parser.error(f"wanted mnist or brains, got {', '.join(sorted(unknown))}")
-    if "mnist" in arguments.samples or not arguments.samples:
+        parser.error(f"wanted some of {', '.join(samples)}, got {', '.join(sorted(unknown))}")
+    wanted = arguments.samples or samples
+    if "mnist" in wanted:
         make_mnist(arguments.root)
-    if "brains" in arguments.samples or not arguments.samples:
+    if "brains" in wanted:
         make_brains(arguments.packages)
+    if "hippocampi" in wanted:
+        make_hippocampi(arguments.packages)
 
 
 if __name__ == "__main__":

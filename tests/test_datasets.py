@@ -1,8 +1,9 @@
-"""The embedded digits and brains, what they are taken from, and pairs of the same label."""
+"""The embedded digits, brains and hippocampi, what they are taken from, and random pairs."""
 
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import os
 import struct
 from itertools import islice
@@ -14,7 +15,21 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from reglib.data import datasets
-from reglib.data.datasets import SHARED_STRUCTURES, colin27, mni152, mnist, same_label_pairs
+from reglib.data.datasets import (
+    HIPPOCAMPUS_BOXES,
+    HIPPOCAMPUS_SHAPE,
+    SHARED_STRUCTURES,
+    colin27,
+    hippocampus,
+    mni152,
+    mnist,
+    same_label_pairs,
+)
+from reglib.data.nifti import Image, write_image
+from reglib.geometry.fields import integrate
+from reglib.geometry.sampling import warp, warp_labels
+from reglib.objectives.metrics import dice, folding
+from reglib.objectives.similarity import ncc
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data_scripts" / "make_samples.py"
 spec = importlib.util.spec_from_file_location("make_samples", SCRIPT)
@@ -33,7 +48,10 @@ BRAINS_SHA256 = {
     ("mni152", 2): "ac53e385aaf16c22048cf8612641cc4b80b460a08bea12c68238922bf270fc3b",
     ("mni152", 3): "7d30e8a5c2cb97ef6dc6b32466da57b97784bedd6fe1a4bb01743e877fdec623",
 }
+#: SHA-256 of the boxes around hippocampi, images before labels.
+BOXES_SHA256 = "cc453f10d5729e00b7a16939f83ef840cc6d351ad37bf38376411bd8d93e1a19"
 MIRROR = Path(os.environ.get("REGLIB_DATA", "")) / "mnist"
+CROPS = Path(os.environ.get("REGLIB_DATA", "")) / "hippocampus"
 
 
 def as_bytes(images):
@@ -235,6 +253,191 @@ def test_the_samples_are_small():
     assert sum(size for name, size in sizes.items() if name != "mnist.npz") <= 4e6
 
 
+# --- Hippocampi -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def population():
+    return hippocampus(count=8, generator=torch.Generator().manual_seed(0))
+
+
+def boxes():
+    """The embedded boxes and their labels."""
+    with np.load(Path(datasets.__file__).parent / "samples" / "hippocampus.npz") as arrays:
+        return arrays["images"], arrays["labels"]
+
+
+def test_the_population_shows_the_boxes_in_turn(population):
+    images, labels, names, members, velocities = population
+    assert images.shape == labels.shape == (8, 1, *HIPPOCAMPUS_SHAPE)
+    assert velocities.shape == (8, 3, *HIPPOCAMPUS_SHAPE)
+    assert images.dtype == velocities.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert members == 2 * HIPPOCAMPUS_BOXES
+    assert names == {1: "hippocampus", 2: "amygdala"}
+    for image, marked in zip(images, labels, strict=True):
+        assert image.min() == 0
+        assert image.max() == 1
+        assert set(marked.unique().tolist()) == {0, 1, 2}
+    assert len(hippocampus(count=1).images) == 1
+
+
+def test_the_generator_decides_the_population(population):
+    again = hippocampus(count=3, generator=torch.Generator().manual_seed(0))
+    assert again.images.equal(population.images[:3])
+    assert again.velocities.equal(population.velocities[:3])
+    other = hippocampus(count=3, generator=torch.Generator().manual_seed(1))
+    assert not other.images.equal(again.images)
+
+
+def test_a_member_shows_its_box_through_its_velocity(population):
+    """Against SciPy: labels voxel by voxel, but for ties; grey values up to contrast and noise."""
+    images, labels = boxes()
+    for n in range(2):
+        there = (
+            np.indices(HIPPOCAMPUS_SHAPE)
+            + 4
+            + integrate(population.velocities[n : n + 1])[0].numpy()
+        )
+        expected = map_coordinates(labels[n], there, order=0, mode="nearest")
+        assert (population.labels[n, 0].numpy() == expected).mean() > 0.9999
+        grey = map_coordinates(images[n].astype(float), there, order=1, mode="nearest")
+        correlation = np.corrcoef(grey.ravel(), population.images[n, 0].numpy().ravel())[0, 1]
+        assert 0.8 < correlation < 0.999
+
+
+def test_the_true_field_brings_two_members_of_a_box_together(population):
+    """Labels are sampled twice, to the nearest voxel: that leaves 0.9 of thin structures."""
+    for moving, fixed in ((0, 4), (6, 2)):
+        u = population.field(moving, fixed)
+        assert u.shape == (1, 3, *HIPPOCAMPUS_SHAPE)
+        assert float(folding(u)) == 0
+        m, f = (population.labels[k : k + 1] for k in (moving, fixed))
+        image, other = (population.images[k : k + 1] for k in (moving, fixed))
+        before, after, wrong = (
+            dice(x, f, labels=[1, 2]).mean() for x in (m, warp_labels(m, u), warp_labels(m, -u))
+        )
+        assert after > 0.9
+        assert before < 0.85
+        assert wrong < before
+        assert ncc(warp(image, u), other) < 0.7 * ncc(image, other)
+
+
+def test_the_members_of_the_population_are_apart(population):
+    """About as far as real hippocampi are whose crops have a common middle: Dice 0.5 to 0.7."""
+    whole = (population.labels == 1).long()
+    overlaps = [
+        float(dice(whole[i : i + 1], whole[j : j + 1], labels=[1]))
+        for i in range(8)
+        for j in range(i)
+    ]
+    assert 0.45 < np.mean(overlaps) < 0.75
+
+
+def test_the_right_boxes_are_mirrored():
+    """The template is symmetric: its boxes are one, up to where the labels put the middle."""
+    images, labels = boxes()
+    assert HIPPOCAMPUS_BOXES[2:] == ("mni152 left", "mni152 right")
+    left = images[2][8:-8, 8:-8, 8:-8].ravel()
+
+    def best(right):
+        """The largest correlation at a shift of up to two voxels."""
+        shifted = (np.roll(right, s, (0, 1, 2)) for s in itertools.product(range(-2, 3), repeat=3))
+        return max(np.corrcoef(left, x[8:-8, 8:-8, 8:-8].ravel())[0, 1] for x in shifted)
+
+    assert best(images[3]) > 0.98
+    assert best(images[3][::-1]) < 0.7
+    for marked in labels:
+        # The amygdala lies in front of the hippocampus.
+        centres = [np.argwhere(marked == k).mean(0) for k in (1, 2)]
+        assert centres[1][1] > centres[0][1] + 10
+
+
+@pytest.fixture
+def crops(tmp_path, monkeypatch):
+    """A mirror of three crops, of which one is too large, with labels that count their voxels."""
+    rng = np.random.default_rng(0)
+    shapes = {"hippocampus_001": (35, 51, 36), "hippocampus_002": (51, 66, 48)}
+    shapes["hippocampus_010"] = (48, 64, 47)
+    for part in ("imagesTr", "labelsTr"):
+        (tmp_path / "hippocampus" / part).mkdir(parents=True)
+    values = {}
+    for name, shape in shapes.items():
+        image = rng.uniform(50, 9000, shape).astype(np.float32)
+        labels = rng.integers(0, 3, shape).astype(np.uint8)
+        for part, array in (("imagesTr", image), ("labelsTr", labels)):
+            tensor = torch.from_numpy(array)[None, None]
+            path = tmp_path / "hippocampus" / part / f"{name}.nii.gz"
+            write_image(path, Image(tensor, torch.eye(4, dtype=torch.float64)))
+        values[name] = image, labels
+    monkeypatch.setenv("REGLIB_DATA", str(tmp_path))
+    return values
+
+
+def middle(array, mode):
+    """Cropped or padded to the shape of the boxes, by NumPy."""
+    for axis, n in enumerate(HIPPOCAMPUS_SHAPE):
+        size = array.shape[axis]
+        if size > n:
+            array = np.take(array, range((size - n) // 2, (size - n) // 2 + n), axis)
+        pad = [(0, 0)] * 3
+        missing = max(n - size, 0)
+        pad[axis] = (missing // 2, missing - missing // 2)
+        array = np.pad(array, pad, mode)
+    return array
+
+
+def test_real_crops_are_cropped_or_padded_and_never_resampled(crops):
+    found = hippocampus(origin="msd")
+    assert found.members == tuple(crops)
+    assert found.names == {1: "anterior", 2: "posterior"}
+    assert found.velocities is None
+    assert found.images.shape == found.labels.shape == (3, 1, *HIPPOCAMPUS_SHAPE)
+    for n, (image, labels) in enumerate(crops.values()):
+        assert (found.labels[n, 0].numpy() == middle(labels, "constant")).all()
+        low, high = image.min(), np.percentile(image.astype(float), 99)
+        expected = np.clip((image.astype(float) - low) / (high - low), 0, 1)
+        np.testing.assert_allclose(found.images[n, 0].numpy(), middle(expected, "edge"), atol=1e-6)
+    some = hippocampus(origin="msd", members=["hippocampus_010", "hippocampus_001"])
+    assert some.members == ("hippocampus_010", "hippocampus_001")
+    assert some.images.equal(found.images[[2, 0]])
+
+
+def test_the_boxes_cut_no_real_label():
+    """Where the crops are at hand, every labelled voxel of the first ones is kept."""
+    names = sorted(path.name.split(".")[0] for path in (CROPS / "labelsTr").glob("*.nii.gz"))[:20]
+    for name in names:
+        kept = hippocampus(origin="msd", members=[name]).labels
+        source = datasets.read_labels(CROPS / "labelsTr" / f"{name}.nii.gz").tensor
+        assert kept.flatten().bincount()[1:].equal(source.flatten().bincount()[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"origin": "adni"}, ValueError, "origin: wanted one of 'embedded', 'msd', got 'adni'"),
+        ({"count": 0}, ValueError, "count: wanted at least 1"),
+        ({"count": 2.5}, TypeError, "count"),
+        ({"members": ["hippocampus_001"]}, ValueError, "members: wanted None"),
+        ({"generator": 3}, TypeError, "generator"),
+        ({"origin": "msd", "count": 2}, ValueError, "count, generator: wanted None"),
+        ({"origin": "msd", "generator": torch.Generator()}, ValueError, "count, generator"),
+        ({"origin": "msd", "members": ["hippocampus_003"]}, ValueError, "hippocampus_003"),
+        ({"origin": "msd", "members": []}, ValueError, "members"),
+    ],
+)
+def test_wrong_wishes_for_hippocampi_are_refused(crops, arguments, error, words):
+    with pytest.raises(error, match=words):
+        hippocampus(**arguments)
+
+
+def test_no_truth_is_known_between_boxes_or_of_real_crops(population, crops):
+    with pytest.raises(ValueError, match="got colin27 left and mni152 left"):
+        population.field(0, 2)
+    with pytest.raises(ValueError, match="got hippocampus_001 and hippocampus_001"):
+        hippocampus(origin="msd").field(0, 0)
+
+
 # --- The script that made them --------------------------------------------------------------
 
 
@@ -286,3 +489,28 @@ def test_the_embedded_brains_are_the_ones_the_script_made():
             as_bytes(brain.image.tensor).tobytes() + as_bytes(brain.labels.tensor / 255).tobytes()
         )
         assert hashlib.sha256(voxels).hexdigest() == wanted
+
+
+def test_the_embedded_boxes_are_the_ones_the_script_made():
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in boxes()))
+    assert digest.hexdigest() == BOXES_SHA256
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_box_lies_around_its_first_structure(mirror):
+    """56 x 72 x 56 voxels about the middle of label 7; of the others, what is asked for."""
+    image = np.arange(70 * 80 * 75, dtype=np.int64).reshape(70, 80, 75)
+    labels = np.zeros(image.shape, np.uint8)
+    labels[31:40, 30:47, 35:40] = 7
+    labels[33, 50, 36] = 9
+    labels[20, 40, 40] = 3
+    box, marked = make_samples.hippocampus_box(image, labels, (7, 9), mirror=mirror)
+    assert box.shape == marked.shape == (56, 72, 56)
+    if mirror:
+        box, marked = box[::-1], marked[::-1]
+    # The middle of 31 ... 39 is 35, and comes to lie at 28, the middle of 56.
+    assert box[0, 0, 0] == image[35 - 28, 38 - 36, 37 - 28]
+    assert (marked == 1).sum() == 9 * 17 * 5
+    assert np.argwhere(marked == 2).tolist() == [[33 - 7, 50 - 2, 36 - 9]]
+    with pytest.raises(ValueError, match="image: wanted a box"):
+        make_samples.hippocampus_box(image[:60], labels[:60], (7, 9), mirror=mirror)

@@ -5,19 +5,25 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reglib.checks import check_choice, check_image, check_positive_int, check_tensor
 from reglib.data.assets import fetch
 from reglib.data.nifti import Image, read_image, read_labels
+from reglib.geometry.fields import compose, integrate, upsample_field
+from reglib.geometry.grid import sample
+from reglib.geometry.sampling import transform_grid
+from reglib.synth import gaussian_diffeomorphism, perlin_noise
 
 #: MD5 of the official MNIST files, uncompressed.
 MNIST_MD5 = {
@@ -43,6 +49,18 @@ SHARED_STRUCTURES = {
     "left thalamus": (77, 10),
     "right thalamus": (78, 49),
 }
+
+#: Of the images that :func:`hippocampus` gives; axes point to the right, to the front and up.
+HIPPOCAMPUS_SHAPE = (48, 64, 48)
+
+#: What the embedded boxes show, in the order of the file. Each is larger than
+#: ``HIPPOCAMPUS_SHAPE`` by four voxels at every face.
+HIPPOCAMPUS_BOXES = ("colin27 left", "colin27 right", "mni152 left", "mni152 right")
+
+# How the embedded population varies. Of velocities: how many voxels they are smooth at, and the
+# longest vector of the most deformed member. Of grey values between 0 and 1: the logarithms of the
+# largest power and of the largest smooth factor, and the standard deviation of the noise.
+_SIGMA, _AMPLITUDE, _GAMMA, _BIAS, _NOISE = 8.0, 7.0, 0.35, 0.3, 0.02
 
 
 class Brain(NamedTuple):
@@ -123,6 +141,171 @@ def _brain(name: str, dimensions: int) -> Brain:
     return Brain(
         Image(image.tensor / 255, image.affine), labels, {int(n): s for n, s in names.items()}
     )
+
+
+class Hippocampi(NamedTuple):
+    """A population of boxes around one hippocampus each, 1 mm a voxel.
+
+    Attributes:
+        images: ``(N, 1, 48, 64, 48)``, float32, intensities in [0, 1], each scaled by itself.
+        labels: ``(N, 1, 48, 64, 48)``, int64; 0 is no structure.
+        names: what each label means.
+        members: where each comes from: one of ``HIPPOCAMPUS_BOXES``, or the name of a crop.
+        velocities: ``(N, 3, 48, 64, 48)`` in voxels, of the embedded population: a member shows
+            at x what its box shows at exp(v)(x). ``None`` where nobody knows.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: dict[int, str]
+    members: tuple[str, ...]
+    velocities: Tensor | None
+
+    def field(self, moving: int, fixed: int) -> Tensor:
+        """The true field between two members of one box: exp(-v_moving) after exp(v_fixed).
+
+        Args:
+            moving: index of a member.
+            fixed: index of another one.
+
+        Returns:
+            Displacement ``(1, 3, 48, 64, 48)`` in voxels, fixed to moving.
+
+        Raises:
+            ValueError: if they are not of one box, or the truth is not known.
+        """
+        if self.velocities is None or self.members[moving] != self.members[fixed]:
+            raise ValueError(
+                "moving, fixed: wanted two members of one embedded box, "
+                f"got {self.members[moving]} and {self.members[fixed]}"
+            )
+        back = integrate(-self.velocities[moving].unsqueeze(0))
+        return compose(back, integrate(self.velocities[fixed].unsqueeze(0)))
+
+
+def hippocampus(
+    *,
+    origin: str = "embedded",
+    count: int | None = None,
+    members: Sequence[str] | None = None,
+    generator: torch.Generator | None = None,
+) -> Hippocampi:
+    """Hippocampi in boxes of 48 x 64 x 48 voxels of 1 mm, cropped or padded, never resampled.
+
+    ``"embedded"``: a population made of four boxes that travel with the package, both sides of
+    Colin27 and of MNI152 2009a, the right ones mirrored. The members show the boxes in turn, each
+    through a random diffeomorphism and with random contrast, bias and noise, so that between two
+    members of one box the truth is known (:meth:`Hippocampi.field`). Between Colin27, with the AAL
+    labels, and MNI152, with FreeSurfer's, it is not: two brains, drawn by two protocols.
+
+    ``"msd"``: the crops of the Medical Segmentation Decathlon that
+    :func:`reglib.data.assets.fetch` gives. Each was cut around its structure, and the middle of the
+    crop comes to lie in the middle of the box: that brings hippocampi together before anything is
+    registered. Where a crop is smaller, its outermost voxels are repeated: a black frame would be
+    the strongest edge of the image. All crops look like left hippocampi: whether some were mirrored
+    and both sides of one person occur, the files do not tell. (The boxes of 32 x 48 x 48 of
+    Li and Fan, arXiv:1709.00799, would cut most of these crops; these cut none.)
+
+    Args:
+        origin: ``"embedded"`` or ``"msd"``.
+        count: members of the embedded population; ``None`` for 32.
+        members: names of crops of ``"msd"``, such as ``"hippocampus_004"``; ``None`` for all.
+        generator: source of randomness of the embedded population, on the CPU; torch's own if
+            ``None``.
+
+    Returns:
+        Images, labels, their names and what is known about them. The labels are hippocampus and
+        amygdala (``"embedded"``), or the anterior and the posterior part of the hippocampus
+        (``"msd"``).
+
+    Raises:
+        TypeError, ValueError: if an argument does not fit the origin, or a crop is unknown.
+        OSError: if the real crops are wanted and can be neither found nor downloaded.
+
+    Embedded: sources and licences as :func:`colin27` and :func:`mni152`. Decathlon: Simpson et al.,
+    arXiv:1902.09063; Antonelli et al., Nat. Commun. 2022, doi:10.1038/s41467-022-30695-9;
+    CC BY-SA 4.0.
+    """
+    check_choice(origin, "origin", ("embedded", "msd"))
+    if origin == "msd":
+        if count is not None or generator is not None:
+            raise ValueError("count, generator: wanted None for the real crops, got others")
+        return _decathlon(members)
+    if members is not None:
+        raise ValueError(f"members: wanted None for the embedded population, got {members!r}")
+    count = 32 if count is None else count
+    check_positive_int(count, "count")
+    sample_file = resources.files("reglib.data") / "samples" / "hippocampus.npz"
+    with sample_file.open("rb") as file, np.load(file) as arrays:
+        boxes = [torch.from_numpy(arrays[part]).unsqueeze(1) for part in ("images", "labels")]
+    turns = [n % len(HIPPOCAMPUS_BOXES) for n in range(count)]
+    found = [_variant(boxes[0][n : n + 1], boxes[1][n : n + 1], generator) for n in turns]
+    images, labels, velocities = (torch.cat(parts) for parts in zip(*found, strict=True))
+    names = {1: "hippocampus", 2: "amygdala"}
+    return Hippocampi(images, labels, names, tuple(HIPPOCAMPUS_BOXES[n] for n in turns), velocities)
+
+
+def _variant(
+    box: Tensor, labels: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A box of bytes and its labels, deformed, the image in another contrast; the velocity."""
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    # At half the resolution, which is enough for what is so smooth, in an eighth of the time.
+    half = tuple(n // 2 for n in HIPPOCAMPUS_SHAPE)
+    amplitude = uniform(_AMPLITUDE / 2, _AMPLITUDE) / 2
+    drawn = gaussian_diffeomorphism(
+        half, sigma=_SIGMA / 2, amplitude=amplitude, generator=generator
+    )
+    velocity = upsample_field(drawn.velocity, 2, HIPPOCAMPUS_SHAPE)
+    margin = (box.shape[2] - HIPPOCAMPUS_SHAPE[0]) // 2
+    there = transform_grid(integrate(velocity)) + margin
+    image = sample(box.float() / 255, there).pow(math.exp(uniform(-_GAMMA, _GAMMA)))
+    bias = perlin_noise(HIPPOCAMPUS_SHAPE, cell=40.0, generator=generator)
+    image = image * (_BIAS * bias / bias.abs().max()).exp()
+    image = image + _NOISE * torch.randn(image.shape, generator=generator)
+    marked = sample(labels.float(), there, mode="nearest").long()
+    return _normalised(image), marked, velocity
+
+
+def _decathlon(members: Sequence[str] | None) -> Hippocampi:
+    folder = fetch("hippocampus")
+    known = sorted(path.name.split(".")[0] for path in (folder / "imagesTr").glob("*.nii.gz"))
+    wanted = tuple(known if members is None else members)
+    unknown = sorted(set(wanted) - set(known))
+    if unknown or not wanted:
+        raise ValueError(f"members: wanted names of crops, such as {known[0]}, got {unknown}")
+    images, labels = [], []
+    for name in wanted:
+        image = read_image(folder / "imagesTr" / f"{name}.nii.gz").tensor
+        images.append(_crop_or_pad(_normalised(image), HIPPOCAMPUS_SHAPE, "replicate"))
+        marked = read_labels(folder / "labelsTr" / f"{name}.nii.gz").tensor
+        labels.append(_crop_or_pad(marked, HIPPOCAMPUS_SHAPE, "constant"))
+    names = {1: "anterior", 2: "posterior"}
+    return Hippocampi(torch.cat(images), torch.cat(labels), names, wanted, None)
+
+
+def _normalised(image: Tensor) -> Tensor:
+    """Least value to 0, 99th percentile to 1, clipped: one bright voxel must not set the scale."""
+    low, high = image.min(), torch.quantile(image.double(), 0.99).to(image)
+    return ((image - low) / (high - low)).clamp(0, 1)
+
+
+def _crop_or_pad(image: Tensor, shape: Sequence[int], mode: str) -> Tensor:
+    """The middle of a volume ``(B, C, *T)`` in the middle of ``shape``; ``mode`` as of torch's pad.
+
+    Where the sizes differ by an odd number, the odd voxel is added or lost at the end.
+    """
+    missing = []
+    for axis, n in enumerate(shape, start=2):
+        size = image.shape[axis]
+        image = image.narrow(axis, max(size - n, 0) // 2, min(size, n))
+        missing.append(max(n - size, 0))
+    # The last axis comes first.
+    sides = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]
+    return F.pad(image, sides, mode=mode)
 
 
 def mnist(
