@@ -131,9 +131,9 @@ class Settings:
         return 2 ** (len(self.channels) - 1) if self.max_pooling else 1
 
 
-#: The paper's networks: ``paper`` is the one that it proposes, with three resolutions. Of the two
-#: that it is compared with, ``no pooling`` keeps the full resolution throughout, and
-#: ``interpolated`` interpolates the field of the coarsest.
+#: The networks of the paper. ``paper`` is what it proposes, with three resolutions. Of the two it
+#: is compared with, ``no pooling`` keeps the full resolution throughout, and ``interpolated`` makes
+#: the field of the coarsest one as large as the images.
 PRESETS: dict[str, Settings] = {
     "paper": Settings(),
     "no pooling": Settings(max_pooling=False, decoder=False),
