@@ -300,12 +300,12 @@ def _parts(values: Sequence[float], count: int) -> list[Sequence[float]]:
     return [values[k : k + size] for k in range(0, len(values), size)]
 
 
-def train_all(names: Sequence[str], seconds: float) -> None:
+def train_all(names: Sequence[str], seeds: Sequence[int], seconds: float) -> None:
     """Train what is missing, one per core; results go into build/ network by network."""
     path = WORK / "training.json"
     runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     done = {(r["network"], r["seed"]) for r in runs if r["settings"]["seconds"] == seconds}
-    tasks = [(n, s) for s in SEEDS for n in names if (n, s) not in done]
+    tasks = [(n, s) for s in seeds for n in names if (n, s) not in done]
     workers = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=workers) as executor:
         futures = [executor.submit(train, *task, seconds) for task in tasks]
@@ -549,6 +549,7 @@ def main() -> None:
     commands.add_parser("pack")
     learn = commands.add_parser("train")
     learn.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NETWORKS))
+    learn.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED")
     learn.add_argument("--seconds", type=float, default=SECONDS)
     judge = commands.add_parser("test")
     judge.add_argument("--split", choices=("test", "validation"), default="test")
@@ -565,7 +566,7 @@ def main() -> None:
         unknown = set(names) - set(NETWORKS)
         if unknown:
             raise SystemExit(f"no such network: {sorted(unknown)}; one of {list(NETWORKS)}")
-        train_all(names, getattr(options, "seconds", SECONDS))
+        train_all(names, getattr(options, "seeds", SEEDS), getattr(options, "seconds", SECONDS))
     if options.command in ("test", None):
         part = getattr(options, "split", "test")
         pairs = getattr(options, "pairs", None)
