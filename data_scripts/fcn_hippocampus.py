@@ -47,7 +47,7 @@ import numpy as np
 import peers
 import torch
 from benchmark_classical import CAP, Case, Loaded, Worker, Workers
-from benchmark_record import UNREGISTERED, Record, Row, table
+from benchmark_record import UNREGISTERED, Record, Row, key, table
 from provenance import ROOT, provenance, write_json
 from torch import Tensor, nn
 
@@ -524,7 +524,8 @@ def test(part: str, pairs: int | None, only: Sequence[str] | None) -> None:
     with tempfile.TemporaryDirectory() as folder, OwnWorkers(python, Path(folder)) as workers:
         measure_all(record, part, everything, wanted, workers.files, workers.register)
     names = list(all_of_them if final else wanted)
-    missing = {(*case[:3], name) for case in everything for name in names} - record.done
+    the_pairs = [case[:3] for case in everything]
+    missing = {(*pair, name) for pair in the_pairs for name in names} - record.done
     if missing:
         print(f"{len(missing)} registrations are missing: no {RESULTS.name} is written")
         return
@@ -532,9 +533,9 @@ def test(part: str, pairs: int | None, only: Sequence[str] | None) -> None:
         "script": "data_scripts/fcn_hippocampus.py",
         "protocol": __doc__,
         "training": json.loads(TRAINING.read_text()) if TRAINING.exists() else [],
-        "parts": extra_means(record.rows),
+        "parts": extra_means([row for row in record.rows if key(row)[:3] in the_pairs]),
     }
-    print(table(record.finish([case[:3] for case in everything], names, head)))
+    print(table(record.finish(the_pairs, names, head)))
     for name, means in head["parts"].items():
         print(f"{name:44}", means)
 
