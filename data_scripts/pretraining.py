@@ -15,7 +15,7 @@ run keeps a checkpoint and goes on from it; its record is written when it is don
 not done again, and results/pretraining_SIZE.json is made of all records.
 
 As a job of ``make gpu`` the script is called with ``--settings FILE --out FOLDER``: ``size`` and
-``runs``, a list of names.
+``runs``, a list of names; and ``after``, the jobs whose pretrained weights they start from.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from brains import ROOT, Brains, ixi_structures, load
 from provenance import provenance, write_json
 from torch import Tensor, nn
 
+from reglib.data.files import write_bytes
 from reglib.geometry.fields import upsample_field
 from reglib.geometry.sampling import warp_labels
 from reglib.geometry.smoothing import pool
@@ -53,7 +54,7 @@ SIZES: dict[str, dict[str, Any]] = json.loads(
 WORK = ROOT / "build" / "pretraining"
 STRUCTURES = len(ixi_structures())
 #: Learning rates that ``--tune`` tries, and the seed that no other run has.
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (7e-4, 2e-3, 4e-3)
 TUNING_SEED = 1000
 
 
@@ -86,22 +87,22 @@ class Run:
         return cls(kind, variant, int(rest[-1]), percent)
 
 
-#: What the encoder is pretrained with. ``whole``: no light decoders, the whole network on random
-#: pairs. ``brains``: the subjects themselves instead of random shapes.
-VARIANTS = ("kl", "no_kl", "released_kl", "dice", "whole", "brains")
+#: What is pretrained, and how. ``whole``: no light decoders; the whole network learns from random
+#: pairs, and all of it is kept. ``brains``: the subjects themselves instead of random shapes.
+VARIANTS = ("kl", "whole", "no_kl", "released_kl", "dice", "brains")
 
 
 def runs_of(size: dict[str, Any]) -> list[Run]:
     """All runs of a size, in the order in which they matter."""
-    found = [Run("pretrain", "kl", seed) for seed in size["seeds"]]
+    found = [Run("pretrain", variant, seed) for seed in size["seeds"] for variant in VARIANTS[:2]]
     found += [
         Run("finetune", variant, seed, round(100 * fraction))
         for fraction in size["fractions"]
         for seed in size["seeds"]
-        for variant in ("scratch", "kl")
+        for variant in ("scratch", *VARIANTS[:2])
     ]
-    for variant in VARIANTS[1:]:
-        for seed in size["seeds"]:
+    for variant in VARIANTS[2:]:
+        for seed in size["ablation_seeds"]:
             found += [Run("pretrain", variant, seed), Run("finetune", variant, seed)]
     return found
 
@@ -110,20 +111,20 @@ def runs_of(size: dict[str, Any]) -> list[Run]:
 
 
 class BrainPairs:
-    """An endless stream of the atlas and a random subject, each axis flipped at random.
+    """An endless stream of the atlas and a random subject; with ``flip`` each axis at random.
 
     Without an atlas, two random subjects. It can be stopped and gone on with.
     """
 
-    def __init__(self, fixed: Tensor, atlas: Tensor | None, seed: int) -> None:
-        self.fixed, self.atlas = fixed, atlas
+    def __init__(self, fixed: Tensor, atlas: Tensor | None, seed: int, *, flip: bool) -> None:
+        self.fixed, self.atlas, self.flip = fixed, atlas, flip
         self.generator = _generator(seed)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             two = torch.randperm(len(self.fixed), generator=self.generator)[:2]
-            flip = (torch.rand(3, generator=self.generator) < 0.5).tolist()
-            axes = [axis + 2 for axis, turned in enumerate(flip) if turned]
+            turned = (torch.rand(3, generator=self.generator) < 0.5).tolist()
+            axes = [axis + 2 for axis in range(3) if self.flip and turned[axis]]
             fixed = self.fixed[two[:1]]
             moving = self.fixed[two[1:]] if self.atlas is None else self.atlas
             yield moving.flip(axes), fixed.flip(axes)
@@ -240,7 +241,8 @@ def pretrain(run: Run, size: dict[str, Any], folder: Path, device: str) -> dict[
     shape = tuple(n // size["pooled"] for n in images.shape[2:])
     pairs: BrainPairs | RandomPairs
     if run.variant == "brains":
-        pairs = BrainPairs(pool(images, size["pooled"]).to(device), None, run.seed)
+        fixed = pool(images, size["pooled"]).to(device)
+        pairs = BrainPairs(fixed, None, run.seed, flip=size["flip"])
     else:
         pairs = RandomPairs(
             shape,
@@ -268,7 +270,7 @@ def pretrain(run: Run, size: dict[str, Any], folder: Path, device: str) -> dict[
     record = {"seconds": round(history["seconds"][-1], 1), "curve_every": every}
     record["curve"] = {k: [round(v, 5) for v in history[k][::every]] for k in names}
     if whole:
-        # The paper's control: random images alone, no brain seen.
+        # The paper's control, random images alone: no brain seen.
         record["test"] = measure(network, size, "test", device, full=True)
     return record
 
@@ -295,7 +297,7 @@ def finetune(
     settings = size["finetune"]
     history = fit(
         network,
-        BrainPairs(fixed, atlas, run.seed),
+        BrainPairs(fixed, atlas, run.seed, flip=size["flip"]),
         finetuning_objective(size),
         steps=settings["steps"],
         lr=run.lr or settings["lr"],
@@ -347,6 +349,18 @@ def do(run: Run, name: str, folder: Path, threads: int | None = None) -> dict[st
 # --- All of them ----------------------------------------------------------------------------
 
 
+def take_weights(earlier: str, folder: Path) -> None:
+    """Copy what another job of the queue has pretrained, from gpu_out or from beside this job."""
+    for place in (folder.parent / earlier, ROOT / "gpu_out" / earlier):
+        found = sorted(place.glob("pretrain-*.safetensors"))
+        if found:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in found:
+                write_bytes(folder / path.name, path.read_bytes())
+            return
+    raise SystemExit(f"the weights of job {earlier} are missing: bring gpu_out/{earlier} along")
+
+
 def do_all(runs: list[Run], name: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Every run that is missing, one a core; those that need a pretrained encoder come after it."""
     workers = multiprocessing.get_context("spawn")
@@ -395,18 +409,23 @@ def main() -> None:
     provenance()  # that of the start: the tree may change while networks train
     if options.settings is not None:
         job = json.loads(options.settings.read_text())
+        for earlier in job.get("after", []):
+            take_weights(earlier, options.out)
         for name in job["runs"]:
             do(Run.parse(name), job["size"], options.out)
         return
+    if "command" in SIZES[options.size]:
+        about, command = (SIZES[options.size][key] for key in ("about", "command"))
+        raise SystemExit(f"size {options.size}: {about}; pretrain with\n{command}")
     folder, results = WORK / options.size, ROOT / "results"
     if options.tune:
         runs = [
             Run("finetune", variant, TUNING_SEED, lr=lr)
-            for variant in ("scratch", "kl")
+            for variant in ("scratch", *VARIANTS[:2])
             for lr in RATES
         ]
         path = results / f"pretraining_{options.size}_tuning.json"
-        before = [Run("pretrain", "kl", seed) for seed in SIZES[options.size]["seeds"]]
+        before = [Run("pretrain", variant, 0) for variant in VARIANTS[:2]]
     else:
         runs = runs_of(SIZES[options.size])[: options.most]
         path, before = results / f"pretraining_{options.size}.json", []

@@ -97,7 +97,7 @@ def test_less_data_is_part_of_more_and_never_the_atlas(heads):
 def test_a_stream_goes_on_where_its_state_was_taken(heads, kind):
     def stream():
         images = heads["train"].images
-        return script.BrainPairs(images, images[:1] if kind == "brains" else None, 3)
+        return script.BrainPairs(images, images[:1] if kind == "brains" else None, 3, flip=True)
 
     first = stream()
     pairs = iter(first)
@@ -115,7 +115,8 @@ def test_a_stream_goes_on_where_its_state_was_taken(heads, kind):
 def test_both_images_of_a_pair_are_flipped_alike(heads):
     images = heads["train"].images
     seen = set()
-    for moving, fixed in itertools.islice(script.BrainPairs(images[1:2], images[:1], 0), 40):
+    stream = script.BrainPairs(images[1:2], images[:1], 0, flip=True)
+    for moving, fixed in itertools.islice(stream, 40):
         alike = [
             axes
             for count in range(4)
@@ -126,6 +127,8 @@ def test_both_images_of_a_pair_are_flipped_alike(heads):
         assert torch.equal(fixed, images[1:2].flip(alike[0]))
         seen.add(alike[0])
     assert len(seen) == 8
+    stream = script.BrainPairs(images[1:2], images[:1], 0, flip=False)
+    assert all(torch.equal(moving, images[:1]) for moving, _ in itertools.islice(stream, 40))
 
 
 @pytest.mark.parametrize("variant", ["scratch", *script.VARIANTS])

@@ -160,12 +160,14 @@ PRESETS: dict[str, Settings] = {
     ),
     "tiny": Settings(
         window=(5, 6, 5),
+        pool=1,
         patch=2,
-        channels=32,
-        depths=(2, 2),
-        heads=(4, 8),
+        channels=16,
+        depths=(2, 2, 2),
+        heads=(2, 4, 8),
         drop_path=0.0,
-        time_steps=4,
+        features=8,
+        time_steps=2,
         norm="instance",
     ),
 }
