@@ -32,12 +32,26 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def code() -> tuple[str, bool]:
+    """The commit, and whether anything that computes differs from it.
+
+    A machine without the repository's history is told by ``REGLIB_COMMIT``: what
+    ``git describe --always --abbrev=40 --dirty=+`` says where the history is.
+    """
+    told = os.environ.get("REGLIB_COMMIT")
+    if told:
+        return told.removesuffix("+"), told.endswith("+")
+    changes = git("status", "--porcelain", "--", "reglib", "data_scripts")
+    return git("rev-parse", "HEAD"), bool(changes)
+
+
 @functools.cache
 def provenance() -> dict[str, object]:
     """Commit, hardware and versions of this run, as they were when it first asked."""
+    commit, changed = code()
     return {
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "reglib", "data_scripts")),
+        "commit": commit,
+        "uncommitted_changes": changed,
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -36,6 +36,9 @@ from reglib.geometry.smoothing import gaussian_smooth
 #: What Chen et al. multiply Perlin noise by (4 to 18 voxels), in cells of 32 voxels.
 AMPLITUDES = (4 / 32, 6 / 32, 8 / 32, 14 / 32, 16 / 32, 18 / 32)
 
+#: Voxels that a CPU samples at a time: with all of an image it would mostly wait for memory.
+PART = 2**20
+
 
 class Diffeomorphism(NamedTuple):
     """A velocity and its exponential, both ``(B, D, *S)`` in voxels.
@@ -112,6 +115,11 @@ def _contract(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         for axis, w in enumerate(weights, start=2):
             x = (x.movedim(axis, -1) @ w.to(x).T).movedim(-1, axis)
     return x
+
+
+def _parts(image: Tensor) -> int:
+    """In how many parts to sample an image: on a CPU, no larger than its caches hold."""
+    return -(-image.numel() // PART) if image.device.type == "cpu" else 1
 
 
 def _interpolate(x: Tensor, spacing: float, shape: Sequence[int]) -> Tensor:
@@ -444,23 +452,25 @@ def random_pair(
     grey[:, 0] = (grey[:, 0] - 25) * 225 / 200
     world = grey.gather(1, labels.flatten(1)).view(labels.shape)
     space = tuple(range(1, world.ndim))
-    low, high = world.amin(space, keepdim=True), world.amax(space, keepdim=True)
-    world = (world - low) / torch.where(high > low, high - low, 1)
+    low, high = world.amin(space), world.amax(space)
+    grey = (grey - low.unsqueeze(1)) / torch.where(high > low, high - low, 1).unsqueeze(1)
+    world = grey.gather(1, labels.flatten(1)).view(labels.shape)
 
     spacing = max(cell / 12, 1.0)
     nodes = _nodes(shape, spacing)
     noise, amplitude = _perlin_velocity(2 * batch, nodes, spacing, cell, amplitudes, generator)
     if scale == "before":
         velocity = amplitude * noise / spacing
-        phi, back = integrate(velocity), integrate(-velocity[:batch])
+        phi, back = integrate(torch.cat([velocity, -velocity[:batch]])).tensor_split([2 * batch])
     else:
         phi = amplitude * integrate(noise / spacing)
         back = invert(phi[:batch]).field
     views, numbers = [], labels.to(world)
     for u in (phi[:batch], phi[batch:]):
-        coords = transform_grid(_interpolate(spacing * u, spacing, shape))
-        seen = sample(numbers, coords, mode="nearest", padding=padding)
-        views.append((sample(world, coords, padding=padding), seen.long()))
+        coords = transform_grid(_interpolate(spacing * u, spacing, shape)).chunk(_parts(world), 2)
+        seen = [sample(world, c, padding=padding) for c in coords]
+        told = [sample(numbers, c, mode="nearest", padding=padding) for c in coords]
+        views.append((torch.cat(seen, 2), torch.cat(told, 2).long()))
     (moving, moving_labels), (fixed, fixed_labels) = views
     field = _interpolate(spacing * compose(back, phi[batch:]), spacing, shape)
     return RandomPair(moving, fixed, moving_labels, fixed_labels, field)

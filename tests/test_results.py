@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -35,3 +36,14 @@ def test_results_name_script_commit_hardware_and_seconds(path: Path) -> None:
 def test_missing_results_are_named() -> None:
     with pytest.raises(FileNotFoundError, match="no_such_results"):
         read_results("no_such_results")
+
+
+def test_a_machine_without_the_history_is_told_the_commit(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "data_scripts"))
+    code = importlib.import_module("provenance").code
+    here, _ = code()
+    assert len(here) == 40
+    monkeypatch.setenv("REGLIB_COMMIT", "0123abcd")
+    assert code() == ("0123abcd", False)
+    monkeypatch.setenv("REGLIB_COMMIT", "0123abcd+")
+    assert code() == ("0123abcd", True)
