@@ -3,6 +3,7 @@
     python data_scripts/brains.py                       # once: the brains as one file
     python data_scripts/pretraining.py --size cpu       # every run that is missing, one per core
     python data_scripts/pretraining.py --size cpu --tune
+    python data_scripts/pretraining.py --embed          # the encoder of seed 0 into the package
 
 A run is *pretraining* (``pretrain-VARIANT-SEED``) or *fine-tuning*
 (``finetune-VARIANT-PERCENT-SEED``): the training subject nearest to the training mean is moving,
@@ -52,6 +53,8 @@ SIZES: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
 )
 WORK = ROOT / "build" / "pretraining"
+#: The encoder that travels with the package.
+EMBEDDED = ROOT / "reglib" / "methods" / "weights" / "random-shapes-tiny" / "encoder.safetensors"
 STRUCTURES = len(ixi_structures())
 #: Learning rates that ``--tune`` tries, and the seed that no other run has.
 RATES = (7e-4, 2e-3, 4e-3)
@@ -395,6 +398,27 @@ def collect(name: str, folder: Path, path: Path, runs: list[Run]) -> None:
     write_json(path, head | {"runs": records})
 
 
+def embed(folder: Path) -> None:
+    """Put the encoder that random images taught into the package."""
+    run = Run("pretrain", "kl", 0)
+    state, _ = load_weights(folder / f"{run.name}.safetensors")
+    record = json.loads((folder / f"{run.name}.json").read_text())
+    encoder = transmorph.Encoder(transmorph.PRESETS[SIZES["cpu"]["preset"]])
+    encoder.load_state_dict(state)
+    card = {
+        "trained_on": "pairs of random shapes (reglib.synth.RandomPairs); no image of anything",
+        "licence": "Apache-2.0",
+        "script": "data_scripts/pretraining.py --embed",
+        "run": run.name,
+        "cell": SIZES["cpu"]["cell"],
+        "training": SIZES["cpu"]["pretrain"],
+    }
+    card |= {key: record[key] for key in ("seconds", "provenance")}
+    EMBEDDED.parent.mkdir(exist_ok=True)
+    transmorph.save(encoder, EMBEDDED, card=card)
+    print(f"{EMBEDDED.relative_to(ROOT)}: {EMBEDDED.stat().st_size / 1e6:.2f} MB")
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
@@ -403,6 +427,7 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--tune", action="store_true", help="learning rates, validation only")
     parser.add_argument("--most", type=int, help="at most so many of the runs, in their order")
+    parser.add_argument("--embed", action="store_true", help="the encoder into the package")
     parser.add_argument("--settings", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -413,6 +438,9 @@ def main() -> None:
             take_weights(earlier, options.out)
         for name in job["runs"]:
             do(Run.parse(name), job["size"], options.out)
+        return
+    if options.embed:
+        embed(WORK / "cpu")
         return
     if "command" in SIZES[options.size]:
         about, command = (SIZES[options.size][key] for key in ("about", "command"))

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+import reglib
 from reglib.data import assets
 from reglib.data.assets import available, describe, fetch, local
 from reglib.data.nifti import read_image
@@ -170,7 +171,7 @@ def test_every_set_says_what_it_is_and_where_it_comes_from():
     """Either addresses or instructions; checksums have the length of one; nothing is plain http."""
     for name, asset in assets.ASSETS.items():
         assert all(asset[key] for key in ("title", "holds", "licence", "cite", "page")), name
-        assert ("files" in asset) != ("manual" in asset), name
+        assert sum(way in asset for way in ("files", "manual", "embedded")) == 1, name
         assert asset["size"] is None or asset["size"] > 1e4, name
         for file in asset.get("files", []):
             assert asset["size"], name
@@ -195,6 +196,7 @@ def test_the_list_has_a_line_for_each_set():
     assert all("\n" not in line and "(" in line for line in lines.values())
     assert lines["mnist"] == "MNIST, handwritten digits (12 MB; CC BY-SA 3.0)"
     assert "obtained by hand" in lines["lgg"]
+    assert "(part of reglib; Apache-2.0" in lines["random-shapes-tiny"]
 
 
 def test_a_description_has_licence_citation_and_source():
@@ -213,6 +215,17 @@ def test_layouts_are_those_of_a_mirror(monkeypatch):
 
 
 # --- Where a set is found -------------------------------------------------------------------
+
+
+def test_what_travels_with_the_package_is_found_without_any_cache(monkeypatch, tmp_path):
+    """Also where a mirror has a folder of that name: weights belong to their version of reglib."""
+    monkeypatch.setenv("REGLIB_CACHE", str(tmp_path / "none"))
+    monkeypatch.setenv("REGLIB_DATA", str(tmp_path))
+    (tmp_path / "random-shapes-tiny").mkdir()
+    folder = reglib.fetch("random-shapes-tiny")
+    assert folder == local("random-shapes-tiny")
+    assert {path.name for path in folder.iterdir()} == {"README.md", "encoder.safetensors"}
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_download_is_unaltered_and_noted(offer, source, cache):

@@ -19,6 +19,8 @@ from reglib import synth
 from reglib.geometry.fields import upsample_field
 from reglib.geometry.sampling import warp, warp_labels
 from reglib.methods import pretraining, transmorph
+from reglib.methods.fcn import FCN
+from reglib.methods.fcn import Settings as FCNSettings
 from reglib.methods.georeg import GeoReg
 from reglib.methods.network import Network
 from reglib.methods.pretraining import Gaussian, Output, PretrainingNetwork
@@ -52,11 +54,17 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+def small_fcn(dimensions: int = 2) -> FCN:
+    return FCN(FCNSettings(dimensions=dimensions, channels=(4, 6, 8)))
+
+
 def build(dimensions: int = 2, kind: str = "transmorph") -> PretrainingNetwork:
     torch.manual_seed(0)
     if kind == "georeg":
         encoder = pretraining.georeg_encoder(GeoReg(dimensions=dimensions, channels=(4, 6, 8)))
         return PretrainingNetwork(encoder, features=8)
+    if kind == "fcn":
+        return PretrainingNetwork(pretraining.fcn_encoder(small_fcn(dimensions)), features=8)
     return PretrainingNetwork(transmorph.Encoder(SETTINGS[dimensions]), features=8)
 
 
@@ -94,7 +102,7 @@ def test_the_paper_s_decoders_have_the_paper_s_size() -> None:
     assert network.factor == 4
 
 
-@pytest.mark.parametrize("kind", ["transmorph", "georeg"])
+@pytest.mark.parametrize("kind", ["transmorph", "georeg", "fcn"])
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_every_stage_gives_a_field_and_a_variance_at_full_resolution(
@@ -177,7 +185,7 @@ def test_the_field_is_drawn_in_training_and_the_generator_decides() -> None:
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-@pytest.mark.parametrize("kind", ["transmorph", "georeg"])
+@pytest.mark.parametrize("kind", ["transmorph", "georeg", "fcn"])
 def test_a_pair_gives_in_a_batch_what_it_gives_alone(dimensions, kind) -> None:
     network = moved(dimensions, kind)
     moving, fixed = images(dimensions, 3), images(dimensions, 3).flip(2)
@@ -191,7 +199,7 @@ def test_a_pair_gives_in_a_batch_what_it_gives_alone(dimensions, kind) -> None:
             )
 
 
-@pytest.mark.parametrize("kind", ["transmorph", "georeg"])
+@pytest.mark.parametrize("kind", ["transmorph", "georeg", "fcn"])
 @pytest.mark.parametrize("kl", ["consistent", "released"])
 def test_every_weight_is_trained(kind, kl) -> None:
     network = moved(2, kind).train()
@@ -214,6 +222,27 @@ def test_an_adapted_encoder_gives_both_images_features_coarsest_first() -> None:
     expected = zip(network.encoder(moving), network.encoder(fixed), strict=True)
     for ours, theirs in zip(maps, reversed(list(expected)), strict=True):
         torch.testing.assert_close(ours, torch.cat(theirs, 1))
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_an_fcn_s_encoder_gives_what_its_deconvolutions_begin_with(dimensions) -> None:
+    network = small_fcn(dimensions).eval()
+    encoder = pretraining.fcn_encoder(network)
+    assert (encoder.dimensions, encoder.inputs) == (dimensions, 1)
+    assert (encoder.channels, encoder.strides) == ((8, 6, 4), (4, 2, 1))
+    moving, fixed = images(dimensions, 2), images(dimensions, 2).flip(2)
+    seen = []
+    for conv in network.convs:
+        conv.register_forward_hook(lambda _, inputs, out: seen.append(out))
+    network(moving, fixed)
+    expected, seen = seen, []
+    maps = encoder(moving, fixed)
+    for ours, theirs in zip(maps, reversed(expected), strict=True):
+        assert ours.equal(theirs)
+    for ours, stride in zip(maps, encoder.strides, strict=True):
+        assert ours.shape[2:] == tuple(n // stride for n in SHAPES[dimensions])
+    whole = FCN(FCNSettings(dimensions=2, channels=(4, 6), max_pooling=False, decoder=False))
+    assert pretraining.fcn_encoder(whole).strides == (1, 1)
 
 
 def test_the_field_keeps_its_precision_under_autocast() -> None:
@@ -416,14 +445,18 @@ def overlaps(network: nn.Module) -> tuple[float, float, float, Output]:
         ("transmorph", pretraining.objective, 200, 5e-3),
         ("transmorph", functools.partial(pretraining.dice_objective, kl=None), 160, 7e-3),
         ("georeg", functools.partial(pretraining.objective, kl=None), 80, 1e-2),
+        ("fcn", functools.partial(pretraining.objective, kl=None), 80, 1e-2),
     ],
-    ids=["images", "labels", "georeg"],
+    ids=["images", "labels", "georeg", "fcn"],
 )
 def test_pretraining_teaches_it_to_register_unseen_pairs(kind, objective, steps, lr) -> None:
     torch.manual_seed(0)
     if kind == "georeg":
         other = GeoReg(channels=(8, 8), neighbourhoods=(3, 3), iterations=(1, 1))
         network = PretrainingNetwork(pretraining.georeg_encoder(other), features=8)
+    elif kind == "fcn":
+        third = FCN(FCNSettings(dimensions=2, channels=(8, 8)))
+        network = PretrainingNetwork(pretraining.fcn_encoder(third), features=8)
     else:
         network = PretrainingNetwork(transmorph.Encoder(dataclasses.replace(SMALL, channels=16)))
     train(network, objective, steps=steps, lr=lr)
@@ -457,6 +490,7 @@ def test_a_stage_that_cannot_agree_says_so_by_its_variance() -> None:
 NETWORKS = {
     "transmorph": lambda: TransMorph(SMALL),
     "georeg": lambda: GeoReg(channels=(4, 6, 8)),
+    "fcn": small_fcn,
 }
 
 
@@ -464,18 +498,21 @@ NETWORKS = {
 def test_transfer_copies_the_whole_encoder_and_nothing_else(kind) -> None:
     pretrained, network = build(2, kind), NETWORKS[kind]()
     before = copy.deepcopy(network.state_dict())
-    encoder = pretrained.encoder.encoder if kind == "georeg" else pretrained.encoder
+    encoder = pretrained.encoder if kind == "transmorph" else pretrained.encoder.encoder
+    part = "convs" if kind == "fcn" else "encoder"
+    if kind == "fcn":  # what BatchNorm has seen goes along
+        pretrained.train()(images(2, 2), images(2, 2).flip(2))
     written = pretraining.transfer(pretrained, network)
-    assert written == sorted(f"encoder.{name}" for name in encoder.state_dict())
+    assert written == sorted(f"{part}.{name}" for name in encoder.state_dict())
     for name, tensor in network.state_dict().items():
         if name in written:
-            assert tensor.equal(encoder.state_dict()[name.removeprefix("encoder.")]), name
+            assert tensor.equal(encoder.state_dict()[name.removeprefix(f"{part}.")]), name
         else:
             assert tensor.equal(before[name]), name
     # A copy: what is trained on is the network's own, all of it.
     with torch.no_grad():
         next(encoder.parameters()).add_(1)
-    assert not next(encoder.parameters()).equal(next(network.encoder.parameters()))
+    assert not next(encoder.parameters()).equal(next(getattr(network, part).parameters()))
     assert all(p.requires_grad for p in network.parameters())
 
 
@@ -503,6 +540,7 @@ def spoilt() -> PretrainingNetwork:
     ("pretrained", "network", "words"),
     [
         (build, lambda: GeoReg(), "network: wanted an encoder with the tensors"),
+        (build, small_fcn, "network: wanted an encoder with the tensors"),
         (build, lambda: TransMorph(dataclasses.replace(SMALL, channels=16)), "another shape"),
         (build, lambda: TransMorph(dataclasses.replace(SMALL, depths=(1, 2))), "missing, further"),
         (build, lambda: nn.Linear(2, 2), "network: wanted a module with an encoder, got Linear"),
@@ -564,3 +602,22 @@ def test_light_decoders_are_two_convolutions_and_an_interpolation() -> None:
     expected = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False)(expected)
     expected = F.leaky_relu(norm(decoder.second(expected)), 0.01)
     torch.testing.assert_close(decoder(x), expected)
+
+
+def test_the_embedded_encoder_fits_the_tiny_network_and_answers_to_its_images() -> None:
+    encoder = pretraining.load_pretrained()
+    network = transmorph.TransMorph(transmorph.PRESETS["tiny"])
+    written = pretraining.transfer(encoder, network)
+    assert len(written) == len(network.encoder.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    moving, fixed = torch.rand(2, 1, 1, 40, 48, 40, generator=generator)
+    with torch.no_grad():
+        maps = [network.encoder.eval()(*pair) for pair in ((moving, fixed), (fixed, moving))]
+    assert [x.shape[2:] for x in maps[0]] == [(5, 6, 5), (10, 12, 10), (20, 24, 20)]
+    assert all(x.std() > 0.1 for x in maps[0])  # every stage sees something
+    assert not any(torch.allclose(*both) for both in zip(*maps, strict=True))
+
+
+def test_weights_that_are_no_encoder_are_refused() -> None:
+    with pytest.raises(ValueError, match="did you mean 'random-shapes-tiny'"):
+        pretraining.load_pretrained("random-shapes-small")

@@ -146,6 +146,21 @@ def test_every_variant_trains_and_is_measured(heads, size, variant, tmp_path, mo
     assert again == json.loads(json.dumps(record))
 
 
+def test_the_embedded_file_is_the_pretrained_encoder(heads, size, tmp_path, monkeypatch):
+    monkeypatch.setitem(script.SIZES, "cpu", size)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "EMBEDDED", tmp_path / "package" / "encoder.safetensors")
+    record = script.do(script.Run("pretrain", "kl", 0), "cpu", tmp_path)
+    script.embed(tmp_path)
+    found = script.transmorph.load_encoder(script.EMBEDDED).state_dict()
+    wanted, _ = script.load_weights(tmp_path / "pretrain-kl-0.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    _, card = script.load_weights(script.EMBEDDED)
+    assert card["seconds"] == record["seconds"]
+    assert card["training"] == size["pretrain"]
+
+
 def test_measure_of_a_still_network_is_the_overlap_before(heads, size):
     class Still(torch.nn.Module):
         def forward(self, moving, fixed):

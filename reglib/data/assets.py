@@ -2,6 +2,7 @@
 
 ``assets.json`` lists, for each set, its licence, how to cite it, what its folder holds and where it
 comes from; for some sources (a form to sign, files to prepare) that is an instruction to people.
+Small weights of the library's own travel with the package: they are ``embedded``.
 
 A checksum in ``assets.json`` is the one that the source or a package registry publishes. Where
 none is published, what came is hashed, reported in a warning and noted in ``.fetched.json`` in the
@@ -65,11 +66,16 @@ _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZM
 def available() -> dict[str, str]:
     """The names that :func:`fetch` knows, each with a line about the set."""
     return {
-        name: f"{asset['title']} ("
-        + ("obtained by hand" if "manual" in asset else f"{asset['size'] / 1e6:.2g} MB")
-        + f"; {asset['licence']})"
+        name: f"{asset['title']} ({_way(asset)}; {asset['licence']})"
         for name, asset in ASSETS.items()
     }
+
+
+def _way(asset: dict[str, Any]) -> str:
+    """In short, how one gets it."""
+    if "embedded" in asset:
+        return "part of reglib"
+    return "obtained by hand" if "manual" in asset else f"{asset['size'] / 1e6:.2g} MB"
 
 
 def describe(name: str) -> str:
@@ -88,10 +94,11 @@ def describe(name: str) -> str:
 def fetch(name: str, *, progress: bool = True, downloads: str | Path | None = None) -> Path:
     """The folder of a data set, downloaded if this machine does not have it yet.
 
-    Looks for ``$REGLIB_DATA/NAME`` (a local mirror, used as it is), then for the folder ``NAME`` of
-    the cache (``$REGLIB_CACHE``, else the user's cache folder), and only then downloads into the
-    cache. A download that was cut off goes on where it stopped. The folder appears whole or not at
-    all, also when several processes fetch it at once.
+    What travels with the package is there at once. Otherwise looks for ``$REGLIB_DATA/NAME`` (a
+    local mirror, used as it is), then for the folder ``NAME`` of the cache (``$REGLIB_CACHE``, else
+    the user's cache folder), and only then downloads into the cache. A download that was cut off
+    goes on where it stopped. The folder appears whole or not at all, also when several processes
+    fetch it at once.
 
     Args:
         name: one of :func:`available`.
@@ -149,12 +156,14 @@ def fetch(name: str, *, progress: bool = True, downloads: str | Path | None = No
 
 
 def local(name: str) -> Path | None:
-    """The folder of a data set if this machine has it, in a mirror or in the cache, else ``None``.
+    """The folder of a data set if this machine has it (package, mirror, cache), else ``None``.
 
     Raises:
         ValueError: if there is no set of this name.
     """
-    _asset(name)
+    asset = _asset(name)
+    if "embedded" in asset:
+        return Path(__file__).parent.parent / asset["embedded"]
     mirror = os.environ.get("REGLIB_DATA")
     if mirror and not Path(mirror).expanduser().is_dir():
         warnings.warn(f"REGLIB_DATA: wanted a folder, got {mirror}: not used", stacklevel=3)

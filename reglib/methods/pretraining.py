@@ -12,7 +12,8 @@ called with a moving and a fixed image, ``(B, inputs, *S)`` each, gives a list o
 coarsest first, and says in its attributes ``dimensions`` and ``inputs`` what it takes, and in
 ``channels`` and ``strides``, coarsest first, what its maps are (a stride is voxels of the images
 per voxel of the map): :class:`reglib.methods.transmorph.Encoder` is one, ``BothImages`` makes
-one of an encoder that sees one image at a time.
+one of an encoder that sees one image at a time, ``georeg_encoder`` and ``fcn_encoder`` make one of
+what those networks begin with.
 
 The released code (C) differs from the paper (P) in ways that matter here:
 
@@ -29,7 +30,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,18 @@ from reglib.geometry.fields import upsample_field
 from reglib.geometry.grid import no_autocast
 from reglib.geometry.sampling import warp
 from reglib.methods.georeg import GeoReg
-from reglib.methods.transmorph import check_images, convolve, upsample_features
+from reglib.methods.transmorph import (
+    Encoder,
+    check_images,
+    convolve,
+    load_encoder,
+    upsample_features,
+)
 from reglib.objectives.regularity import diffusion
 from reglib.objectives.similarity import lncc, soft_dice
+
+if TYPE_CHECKING:  # it can read files, for which a machine that only trains may lack packages
+    from reglib.methods.fcn import FCN
 
 #: The forms of the divergence, and the weight eta of each. With both, at the initial variance, a
 #: stage that is 1 voxel of the decoders' grid away from the ensemble costs about 23.
@@ -274,6 +284,33 @@ def georeg_encoder(network: GeoReg) -> BothImages:
     )
 
 
+class StackedImages(nn.Module):
+    """The convolutions of an FCN with their poolings: both images are the channels of one."""
+
+    def __init__(self, network: FCN) -> None:
+        super().__init__()
+        settings = network.settings
+        step = 2 if settings.max_pooling else 1
+        self.encoder, self.shrink = network.convs, network.shrink
+        self.dimensions, self.inputs = settings.dimensions, settings.inputs
+        #: Of the feature maps, coarsest first.
+        self.channels = tuple(reversed(settings.channels))
+        #: Voxels of the images per voxel of a feature map, coarsest first.
+        self.strides = tuple(step**level for level in reversed(range(len(self.channels))))
+
+    def forward(self, moving: Tensor, fixed: Tensor) -> list[Tensor]:
+        """Images ``(B, inputs, *S)`` -> maps ``(B, channels[k], *S / strides[k])``."""
+        maps = [torch.cat([moving, fixed], 1)]
+        for number, look in enumerate(self.encoder):
+            maps.append(look(self.shrink(maps[-1]) if number else maps[-1]))
+        return maps[:0:-1]
+
+
+def fcn_encoder(network: FCN) -> StackedImages:
+    """The convolutions of an FCN before its deconvolutions, for pretraining. Used, not copied."""
+    return StackedImages(network)
+
+
 # --- The loss ---------------------------------------------------------------------------------
 
 
@@ -427,8 +464,8 @@ def transfer(pretrained: nn.Module, network: nn.Module) -> list[str]:
 
     Args:
         pretrained: a ``PretrainingNetwork``, or an encoder.
-        network: has an ``encoder`` of the same settings. Its other weights stay as they are, and
-            all of them can be trained.
+        network: has an ``encoder`` of the same settings, or is an FCN, whose encoder are its
+            ``convs``. Its other weights stay as they are, and all of them can be trained.
 
     Returns:
         The names of the tensors of ``network`` that were written.
@@ -438,9 +475,10 @@ def transfer(pretrained: nn.Module, network: nn.Module) -> list[str]:
             tensor of the network's encoder is also part of something else. Nothing is written then.
     """
     given = pretrained.encoder if isinstance(pretrained, PretrainingNetwork) else pretrained
-    if isinstance(given, BothImages):
+    if isinstance(given, BothImages | StackedImages):
         given = given.encoder
-    wanted = getattr(network, "encoder", None)
+    part = "encoder" if hasattr(network, "encoder") else "convs"
+    wanted = getattr(network, part, None)
     if not isinstance(wanted, nn.Module):
         raise ValueError(
             f"network: wanted a module with an encoder, got {type(network).__name__} without"
@@ -459,7 +497,7 @@ def transfer(pretrained: nn.Module, network: nn.Module) -> list[str]:
         )
     for name, tensor in new.items():
         check_finite(tensor, f"pretrained's {name}")
-    written = {f"encoder.{name}" for name in new}
+    written = {f"{part}.{name}" for name in new}
     own = {tensor.data_ptr() for tensor in old.values() if tensor.numel()}
     shared = [
         name
@@ -472,3 +510,24 @@ def transfer(pretrained: nn.Module, network: nn.Module) -> list[str]:
         )
     wanted.load_state_dict(new)
     return sorted(written)
+
+
+def load_pretrained(name: str = "random-shapes-tiny") -> Encoder:
+    """An encoder of TransMorph that learned from random shapes, for ``transfer``.
+
+    Args:
+        name: of :func:`reglib.data.assets.available`; ``"random-shapes-tiny"`` (the preset
+            ``"tiny"``, for voxels of 4 mm or so) travels with the package.
+
+    Returns:
+        The encoder in evaluation mode and single precision, on the CPU.
+
+    Raises:
+        ValueError: if there are no such weights.
+    """
+    from reglib.data.assets import fetch
+
+    path = fetch(name) / "encoder.safetensors"
+    if not path.is_file():
+        raise ValueError(f"name: wanted weights of an encoder, got the data set {name!r}")
+    return load_encoder(path)
