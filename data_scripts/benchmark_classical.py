@@ -292,10 +292,15 @@ class Worker:
 
 
 class Workers:
-    """A worker for each package, started when it is first needed and again after its end."""
+    """A worker for each package, started when it is first needed and again after its end.
 
-    def __init__(self, peers_python: Path, folder: Path) -> None:
-        self.python = peers_python
+    Ours is served by ``script``, when it is called with ``--serve``; all write to ``logs``.
+    """
+
+    def __init__(
+        self, peers_python: Path, folder: Path, script: str = __file__, logs: Path = WORK
+    ) -> None:
+        self.python, self.script, self.logs = peers_python, script, logs
         self.running: dict[str, Worker] = {}
         names = {"moving": "moving.nii", "fixed": "fixed.nii", "field": "field.nii.gz"}
         self.files = {part: folder / name for part, name in names.items()}
@@ -307,11 +312,11 @@ class Workers:
         """The worker of a package."""
         found = self.running.get(package)
         if found is None or not found.alive:
-            script = Path(__file__ if package == "reglib" else peers.__file__).resolve()
+            script = Path(self.script if package == "reglib" else peers.__file__).resolve()
             python = sys.executable if package == "reglib" else self.python
             command = [python, script, *(["--serve"] if package == "reglib" else [])]
-            WORK.mkdir(parents=True, exist_ok=True)
-            found = self.running[package] = Worker(command, WORK / f"{package}.log")
+            self.logs.mkdir(parents=True, exist_ok=True)
+            found = self.running[package] = Worker(command, self.logs / f"{package}.log")
         return found
 
     def register(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -357,10 +362,21 @@ def artificial_pair() -> tuple[Image, Image]:
     return image(1.5), image(0.0)
 
 
-def run_reglib(moving: str, fixed: str, field: str, settings: dict[str, Any]) -> peers.Watch:
-    """Ours, in a process of its own like the peers."""
+def methods_of(settings: dict[str, Any]) -> list[Any]:
+    """What :func:`reglib.registration.register` is given."""
+    return [getattr(classical, name)(**own) for name, own in settings["methods"].items()]
+
+
+def run_reglib(
+    moving: str,
+    fixed: str,
+    field: str,
+    settings: dict[str, Any],
+    methods_of: Callable[[dict[str, Any]], list[Any]] = methods_of,
+) -> peers.Watch:
+    """Ours, in a process of its own like the peers; weights are read before the clock starts."""
     m, f = read_image(moving), read_image(fixed)
-    methods = [getattr(classical, name)(**own) for name, own in settings["methods"].items()]
+    methods = methods_of(settings)
     with peers.Watch() as watch:
         found = register(m, f, methods, progress=False)
     write_field(field, found.whole_field(), f.affine, moving_affine=m.affine)

@@ -35,7 +35,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -46,13 +45,13 @@ import benchmark_classical
 import numpy as np
 import peers
 import torch
-from benchmark_classical import CAP, Case, Loaded, Worker, Workers
+from benchmark_classical import CAP, Case, Loaded, Workers, run_reglib
 from benchmark_record import UNREGISTERED, Record, Row, key, table
 from provenance import ROOT, provenance, write_json
 from torch import Tensor, nn
 
 from reglib.data.datasets import hippocampus
-from reglib.data.nifti import Image, read_field, read_image, write_field, write_image
+from reglib.data.nifti import Image, read_field, write_image
 from reglib.geometry.sampling import warp, warp_labels
 from reglib.methods import classical, fcn
 from reglib.methods.network import Network
@@ -60,7 +59,6 @@ from reglib.objectives.metrics import dice
 from reglib.objectives.regularity import diffusion, total_variation
 from reglib.objectives.similarity import lncc, ncc
 from reglib.objectives.surface import hd95
-from reglib.registration import register
 from reglib.training import fit
 from reglib.weights import load_weights, save_weights
 
@@ -396,29 +394,6 @@ def methods_of(settings: dict[str, Any]) -> list[Any]:
     return methods
 
 
-def run_reglib(moving: str, fixed: str, field: str, settings: dict[str, Any]) -> peers.Watch:
-    """Ours, in a process of its own like the peers; weights are read before the clock starts."""
-    m, f = read_image(moving), read_image(fixed)
-    methods = methods_of(settings)
-    with peers.Watch() as watch:
-        found = register(m, f, methods, progress=False)
-    write_field(field, found.whole_field(), f.affine, moving_affine=m.affine)
-    return watch
-
-
-class OwnWorkers(Workers):
-    """The workers of the benchmark; ours are served by this script."""
-
-    def worker(self, package: str) -> Worker:
-        """The worker of a package."""
-        found = self.running.get(package)
-        if package != "reglib" or (found is not None and found.alive):
-            return super().worker(package)
-        command = [sys.executable, Path(__file__).resolve(), "--serve"]
-        self.running[package] = Worker(command, WORK / f"{package}.log")
-        return self.running[package]
-
-
 # --- Measuring ------------------------------------------------------------------------------
 
 
@@ -521,7 +496,10 @@ def test(part: str, pairs: int | None, only: Sequence[str] | None) -> None:
     print(f"{len(tasks - record.done)} of {len(tasks)} registrations")
     print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
     python = benchmark_classical.make_environment()
-    with tempfile.TemporaryDirectory() as folder, OwnWorkers(python, Path(folder)) as workers:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Workers(python, Path(folder), __file__, WORK) as workers,
+    ):
         measure_all(record, part, everything, wanted, workers.files, workers.register)
     names = list(all_of_them if final else wanted)
     the_pairs = [case[:3] for case in everything]
@@ -558,7 +536,7 @@ def main() -> None:
     judge.add_argument("--only", nargs="+", metavar="NAME", help="these configurations")
     options = parser.parse_args()
     if options.serve:
-        peers.serve({"reglib": run_reglib})
+        peers.serve({"reglib": functools.partial(run_reglib, methods_of=methods_of)})
         return
     if options.command == "pack" or (options.command is None and not PACKED.exists()):
         pack()

@@ -30,7 +30,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,14 +39,14 @@ import benchmark_classical
 import peers
 import pretraining
 import torch
-from benchmark_classical import Case, Loaded, Worker, Workers
+from benchmark_classical import Case, Loaded, Workers, run_reglib
 from benchmark_record import UNREGISTERED, Record, Row, compare, estimate, key, score, table
 from brains import Brains, ixi_structures, load, load_malf
 from provenance import ROOT, provenance, write_json
 from scipy.stats import wilcoxon
 from torch import Tensor, nn
 
-from reglib.data.nifti import Image, read_image, write_field, write_image
+from reglib.data.nifti import Image, write_image
 from reglib.geometry.fields import upsample_field
 from reglib.geometry.sampling import warp
 from reglib.geometry.smoothing import pool
@@ -56,7 +55,6 @@ from reglib.methods.fcn import Instance
 from reglib.methods.network import Network
 from reglib.objectives.regularity import diffusion
 from reglib.objectives.similarity import lncc
-from reglib.registration import register
 from reglib.weights import load_weights
 
 WORK = ROOT / "build" / "pretraining_compare"
@@ -212,30 +210,6 @@ def methods_of(settings: dict[str, Any]) -> list[Any]:
         else:
             methods.append(getattr(classical, name)(**own))
     return methods
-
-
-def run_reglib(moving: str, fixed: str, field: str, settings: dict[str, Any]) -> peers.Watch:
-    """Ours, in a process of its own like the peers; weights are read before the clock starts."""
-    m, f = read_image(moving), read_image(fixed)
-    methods = methods_of(settings)
-    with peers.Watch() as watch:
-        found = register(m, f, methods, progress=False)
-    write_field(field, found.whole_field(), f.affine, moving_affine=m.affine)
-    return watch
-
-
-class OwnWorkers(Workers):
-    """The workers of the benchmark; ours are served by this script."""
-
-    def worker(self, package: str) -> Worker:
-        """The worker of a package."""
-        found = self.running.get(package)
-        if package != "reglib" or (found is not None and found.alive):
-            return super().worker(package)
-        WORK.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, Path(__file__).resolve(), "--serve"]
-        self.running[package] = Worker(command, WORK / f"{package}.log")
-        return self.running[package]
 
 
 # --- Pairs ----------------------------------------------------------------------------------
@@ -418,7 +392,10 @@ def compare_all(options: argparse.Namespace) -> None:
     python, wholes = benchmark_classical.make_environment(), {}
     command = [python, peers.__file__, "versions"]
     print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
-    with tempfile.TemporaryDirectory() as folder, OwnWorkers(python, Path(folder)) as workers:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Workers(python, Path(folder), __file__, WORK) as workers,
+    ):
         for name in sets:
             all_of_them = configurations(name, options.size, weights, goes_on)
             wanted = {n: s for n, s in all_of_them.items() if n in (options.only or all_of_them)}
@@ -469,7 +446,7 @@ def main() -> None:
     parser.add_argument("--again", nargs="+", default=[], metavar="NAME", help="measure anew")
     options = parser.parse_args()
     if options.serve:
-        peers.serve({"reglib": run_reglib})
+        peers.serve({"reglib": functools.partial(run_reglib, methods_of=methods_of)})
         return
     if options.split == "test":
         if options.subjects is not None or options.candidates or options.weights is not None:
