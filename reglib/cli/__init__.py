@@ -38,6 +38,7 @@ app.command("info")(looking.info)
 app.command("fetch")(looking.fetch)
 train = typer.Typer(help="Train networks.", rich_markup_mode=None)
 train.command("pretrain")(training.pretrain)
+train.command("fcn")(training.train_fcn)
 app.add_typer(train, name="train")
 
 

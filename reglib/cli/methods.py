@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import typer
@@ -28,6 +31,7 @@ class Name(StrEnum):
     SVF = "svf"
     BSPLINE = "bspline"
     GEOREG = "georeg"
+    FCN = "fcn"
 
 
 class Transform(StrEnum):
@@ -65,7 +69,7 @@ class Wish(NamedTuple):
         start: what runs before.
         similarity: of the method itself; what runs before it takes ``mi`` for ``mi`` and ``mind``,
             else its own.
-        settings: of the method itself, by name.
+        settings: of the method itself, by name; ``weights`` is a file.
     """
 
     method: Name
@@ -82,60 +86,153 @@ class Plan(NamedTuple):
         methods: for :func:`reglib.registration.register`.
         dimensions: of the images that they take.
         start: the name of what runs first.
+        weights: the file of the network's weights; ``None`` for those of the package, or none.
     """
 
     methods: list[Method | nn.Module]
     dimensions: tuple[int, ...]
     start: Start
+    weights: Path | None = None
+
+
+class _Loaded(NamedTuple):
+    """A trained network, and how many axes its images have."""
+
+    network: nn.Module
+    dimensions: int
 
 
 class _Kind(NamedTuple):
-    """A method: how it is made, what it finds, and what it starts from unless told otherwise."""
+    """A method: how it is made, what it finds, and what it starts from unless told otherwise.
 
-    make: Callable[[dict[str, Any], torch.device], Method | nn.Module]
+    What has weights says how they are read: from a file, or those of the package.
+    """
+
+    make: Callable[[dict[str, Any], nn.Module | None], Method | nn.Module]
     finds: Transform
     start: Start = Start.NONE
     starts: tuple[Start, ...] = tuple(Start)
-    dimensions: tuple[int, ...] = (2, 3)
-    classical: bool = True
+    compares: bool = True
+    load: Callable[[str | None], _Loaded] | None = None
 
 
-def _rigid(settings: dict[str, Any], _: torch.device) -> Method:
+def _rigid(settings: dict[str, Any], _: nn.Module | None = None) -> Method:
     from reglib.methods.classical import Rigid
 
     return _made(Rigid, settings)
 
 
-def _affine(settings: dict[str, Any], _: torch.device) -> Method:
+def _affine(settings: dict[str, Any], _: nn.Module | None = None) -> Method:
     from reglib.methods.classical import Affine
 
     return _made(Affine, settings)
 
 
-def _displacement(settings: dict[str, Any], _: torch.device) -> Method:
+def _displacement(settings: dict[str, Any], _: nn.Module | None) -> Method:
     from reglib.methods.classical import Displacement
 
     return _made(Displacement, settings)
 
 
-def _velocity(settings: dict[str, Any], _: torch.device) -> Method:
+def _velocity(settings: dict[str, Any], _: nn.Module | None) -> Method:
     from reglib.methods.classical import Velocity
 
     return _made(Velocity, settings)
 
 
-def _bspline(settings: dict[str, Any], _: torch.device) -> Method:
+def _bspline(settings: dict[str, Any], _: nn.Module | None) -> Method:
     from reglib.methods.classical import BSpline
 
     return _made(BSpline, settings)
 
 
-def _georeg(settings: dict[str, Any], device: torch.device) -> nn.Module:
-    from reglib.methods.georeg import load_pretrained
-
+def _georeg(settings: dict[str, Any], network: nn.Module | None) -> nn.Module:
+    assert network is not None
     if settings:
         raise ValueError(f"wanted none, as it is trained already, got {', '.join(settings)}")
-    return load_pretrained().to(device)
+    return network
+
+
+def _load_georeg(path: str | None) -> _Loaded:
+    from reglib.methods import georeg
+
+    network = georeg.load_pretrained() if path is None else georeg.load(path)
+    return _Loaded(network, network.dimensions)
+
+
+def _fcn(settings: dict[str, Any], network: nn.Module | None) -> Method | nn.Module:
+    """The network as it is, or, given a number of steps, trained on the pair as well."""
+    from reglib.methods.fcn import ComposedFCN, Instance
+
+    assert network is not None
+    if not settings:
+        return network
+    known = ("steps", "lr", "regularity_weight")
+    unknown = [x for x in settings if x not in known and not callable(settings[x])]
+    if unknown:
+        raise ValueError(f"wanted settings out of {', '.join(known)}, got {', '.join(unknown)}")
+    if "steps" not in settings:
+        raise ValueError(
+            "wanted steps=N as well, as the network is trained on the pair only then, "
+            f"got {', '.join(settings)}"
+        )
+    values = {name: _value(x, "number") for name, x in settings.items()}
+    card: Any = network.card
+    words = fcn_loss_words(isinstance(network, ComposedFCN)) | card.get("loss", {})
+    own = {name: values.pop(name) for name in ("similarity", "regularity_weight") if name in values}
+    return Instance(network, fcn_loss(words | own), **values)
+
+
+def _load_fcn(path: str | None) -> _Loaded:
+    from reglib.methods import fcn
+
+    network = fcn.load_pretrained() if path is None else fcn.load(path)
+    return _Loaded(network, network.settings.dimensions)
+
+
+def fcn_loss_words(composed: bool) -> dict[str, Any]:
+    """The loss that an FCN is trained with unless told otherwise, as JSON values.
+
+    Args:
+        composed: whether it is a :class:`reglib.methods.fcn.ComposedFCN`; else the paper's, the
+            weight of whose regularity is not stated there.
+    """
+    if composed:
+        return {"similarity": "lncc", "regularity": "diffusion", "regularity_weight": 1.0}
+    return {"similarity": "ncc", "regularity": "total_variation", "regularity_weight": 0.03}
+
+
+def fcn_loss(words: Mapping[str, Any]) -> Callable[..., dict[str, torch.Tensor]]:
+    """The loss of an FCN that names mean.
+
+    Args:
+        words: as of :func:`reglib.cli.methods.fcn_loss_words`; the similarity may be a function.
+
+    Raises:
+        TypeError, ValueError: if a name is none, or the weight is no number of at least 0.
+    """
+    from reglib.checks import check_numbers
+    from reglib.methods.fcn import objective
+    from reglib.objectives import regularity
+
+    similarity, smooth = words["similarity"], words["regularity"]
+    regularities = {
+        "total_variation": regularity.total_variation,
+        "diffusion": regularity.diffusion,
+    }
+    if smooth not in regularities:
+        raise ValueError(f"regularity: wanted one of {', '.join(regularities)}, got {smooth!r}")
+    [weight] = check_numbers([words["regularity_weight"]], "regularity_weight")
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"regularity_weight: wanted a number of at least 0, got {weight}")
+    if not callable(similarity):
+        similarity = similarity_function(Similarity(similarity))
+    return functools.partial(
+        objective,
+        similarity=similarity,
+        regularity=regularities[smooth],
+        regularity_weight=weight,
+    )
 
 
 def _made(method: type[T], settings: dict[str, Any]) -> T:
@@ -168,7 +265,8 @@ METHODS: dict[Name, _Kind] = {
     Name.DISPLACEMENT: _Kind(_displacement, Transform.DEFORMABLE, Start.AFFINE),
     Name.SVF: _Kind(_velocity, Transform.DEFORMABLE, Start.AFFINE),
     Name.BSPLINE: _Kind(_bspline, Transform.DEFORMABLE, Start.AFFINE),
-    Name.GEOREG: _Kind(_georeg, Transform.DEFORMABLE, dimensions=(2,), classical=False),
+    Name.GEOREG: _Kind(_georeg, Transform.DEFORMABLE, compares=False, load=_load_georeg),
+    Name.FCN: _Kind(_fcn, Transform.DEFORMABLE, load=_load_fcn),
 }
 
 
@@ -184,6 +282,7 @@ def plan(wish: Wish, device: torch.device) -> Plan:
 
     Raises:
         typer.BadParameter: if a method cannot do what is asked of it.
+        OSError, ValueError: if a file of weights cannot be read, or does not hold the network.
     """
     name, kind = wish.method, METHODS[wish.method]
     if wish.transform not in (None, kind.finds):
@@ -204,21 +303,30 @@ def plan(wish: Wish, device: torch.device) -> Plan:
         # Images of different kinds need a measure that allows for it from the beginning.
         other_kind = wish.similarity in (Similarity.MI, Similarity.MIND)
         first = {"similarity": similarity_function(Similarity.MI)} if other_kind else {}
-        methods.append((_rigid if start is Start.RIGID else _affine)(first, device))
+        methods.append((_rigid if start is Start.RIGID else _affine)(first))
     settings: dict[str, Any] = dict(_split(text) for text in wish.settings)
+    weights = settings.pop("weights", None)
+    if weights is not None and kind.load is None:
+        raise typer.BadParameter(
+            f"wanted none for the method {name}, which has none, got {weights}",
+            param_hint="--weights",
+        )
     if wish.similarity is not None:
-        if not kind.classical:
+        if not kind.compares:
             raise typer.BadParameter(
                 f"wanted none for the method {name}, which is trained already, "
                 f"got {wish.similarity}",
                 param_hint="--similarity",
             )
         settings["similarity"] = similarity_function(wish.similarity)
+    loaded = None if kind.load is None else kind.load(weights)
+    network = None if loaded is None else loaded.network.to(device)
     try:
-        methods.append(kind.make(settings, device))
+        methods.append(kind.make(settings, network))
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(f"method {name}: {error}", param_hint="--set") from error
-    return Plan(methods, kind.dimensions, start)
+    dimensions = (2, 3) if loaded is None else (loaded.dimensions,)
+    return Plan(methods, dimensions, start, None if weights is None else Path(weights))
 
 
 def _split(text: str) -> tuple[str, str]:

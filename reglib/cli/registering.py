@@ -101,8 +101,9 @@ def register(
             "--method",
             help="rigid and affine: in mm, from coarse to fine. After an affine start, by gradient "
             "descent: displacement, a vector for every voxel; svf, a stationary velocity, which "
-            "does not fold and has an inverse; bspline, a lattice of control points. georeg: a "
-            "network for grey plane images, trained on handwritten digits.",
+            "does not fold and has an inverse; bspline, a lattice of control points. Networks: "
+            "georeg, for grey plane images, trained on handwritten digits; fcn, for volumes, "
+            "trained on boxes around the hippocampus.",
             show_default=False,
         ),
     ],
@@ -185,7 +186,17 @@ def register(
             "--set",
             metavar="NAME=VALUE",
             help="A setting of the method, such as steps=200, levels=8,4,2 (mm) or "
-            "regularity_weight=0.5. May be given several times.",
+            "regularity_weight=0.5. May be given several times. fcn: steps=N goes on training "
+            "the network on the pair, with the loss that it was trained with.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            help="Of a network, such as 'reglib train fcn' writes; the same as --set weights=FILE. "
+            "Default: those that come with reglib.",
         ),
     ] = None,
     nonfinite: Nonfinite = None,
@@ -282,7 +293,10 @@ def register(
         {"--workers": workers, "--threads": threads, "--scheduler": scheduler},
         pairs,
     )
-    wish = Wish(method, transform, start, similarity, tuple(settings or ()))
+    words = list(settings or ())
+    if weights is not None:
+        words.append(f"weights={weights.absolute()}")  # workers may be in another folder
+    wish = Wish(method, transform, start, similarity, tuple(words))
     request = Request(wish, label_mode, nonfinite, device, seed)
     if pairs is not None:
         from reglib.cli import cohort
@@ -416,6 +430,7 @@ def plan_of(request: Request, where: torch.device) -> Plan:
 
     Raises:
         typer.BadParameter: if a method cannot do what is asked of it.
+        OSError, ValueError: if a file of weights cannot be read, or does not hold the network.
     """
     with _seeded(request.seed, where):
         return plan(request.wish, where)
@@ -423,11 +438,14 @@ def plan_of(request: Request, where: torch.device) -> Plan:
 
 def options_of(request: Request, planned: Plan) -> dict[str, Any]:
     """What decides about the results beside methods, seed and files, as JSON values."""
+    path = planned.weights
+    weights = {} if path is None else {"weights": _fingerprint(path)["sha256"]}
     return {
         "method": request.wish.method,
         "start": planned.start,
         "label_mode": request.label_mode,
         "nonfinite": request.nonfinite,
+        **weights,
     }
 
 

@@ -35,6 +35,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import resources
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +57,9 @@ from reglib.weights import load_weights, save_weights
 
 #: Of the resolutions, finest first.
 LEVEL_WEIGHTS = (1.0, 0.6, 0.3)
+
+#: The network trained by ``data_scripts/fcn_hippocampus.py``, relative to this folder.
+WEIGHTS = "weights/fcn_hippocampus.safetensors"
 
 
 class Conv3d(nn.Conv3d):
@@ -591,6 +595,26 @@ def load(path: str | Path) -> FCN | ComposedFCN:
         raise ValueError(f"path: wanted an FCN, got {path} ({error})") from error
     network.card = card
     return network.eval()
+
+
+def load_pretrained() -> FCN | ComposedFCN:
+    """The 3-D network trained on hippocampi that travels with the package.
+
+    Returns:
+        The network in evaluation mode and single precision, on the CPU; its ``card`` says what it
+        was trained on.
+
+    Raises:
+        FileNotFoundError: if this package came without its weights.
+    """
+    weights = resources.files("reglib.methods") / WEIGHTS
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"wanted {WEIGHTS} in this package, got a package without it: train a network of your "
+            "own ('reglib train fcn') and read it with fcn.load ('--weights' on the command line)"
+        )
+    with resources.as_file(weights) as path:
+        return load(path)
 
 
 _METHODS: dict[type[nn.Module], str] = {FCN: "fcn", ComposedFCN: "composed fcn"}
