@@ -28,6 +28,7 @@ import reglib
 from reglib.cli import main, methods
 from reglib.data.datasets import mnist
 from reglib.data.nifti import Image, read_field, read_image, write_field
+from reglib.methods import fcn
 from reglib.methods.georeg import load_pretrained
 from reglib.methods.pair import Iterate
 from reglib.registration import Registration, register
@@ -1070,15 +1071,18 @@ def test_random_numbers_of_others_are_left_alone(digits, tmp_path, capsys):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_every_method_has_a_name():
+def test_every_method_has_a_name(tmp_path):
     """What a method finds and starts from are words of the command line."""
     assert set(methods.METHODS) == set(methods.Name)
+    weights = tmp_path / "fcn.safetensors"
+    fcn.save(fcn.FCN(fcn.PRESETS["paper"]), weights, card={})
     for name in methods.Name:
         kind = methods.METHODS[name]
-        planned = methods.plan(methods.Wish(name), torch.device("cpu"))
+        settings = (f"weights={weights}",) if name is methods.Name.FCN else ()
+        planned = methods.plan(methods.Wish(name, settings=settings), torch.device("cpu"))
         assert kind.start in kind.starts
         assert planned.start is kind.start
         assert len(planned.methods) == 1 + (kind.start is not methods.Start.NONE)
         assert all(map(callable, planned.methods))
         again = dataclasses.is_dataclass(planned.methods[-1])
-        assert again == kind.classical
+        assert again == (kind.load is None)  # a network is run as it is

@@ -24,7 +24,7 @@ finally:
 
 SHAPE, SPACING = (30, 26, 14), (1.0, 1.1, 2.4)
 CASES = {n: script.Case(SHAPE, SPACING, 1.45) for n in (1, 2, 6, 7)}
-SIZE = {"preset": "tiny", "voxels": 24, "factor": 1, "steps": 60, "lr": 5e-3, "window": 5}
+SIZE = {"preset": "tiny", "voxels": 24, "factor": 1, "steps": 60, "lr": 2e-3, "window": 5}
 NAMES = {
     1: ("Case1Pack/Images/case1_T{}_s.img", "Case1Pack/ExtremePhases/Case1_300_T{}_xyz.txt"),
     2: ("Case2Pack/Images/case2_T{}-ssm.img", "Case2Pack/ExtremePhases/Case2_300_T{}_xyz.txt"),
