@@ -36,7 +36,7 @@ from reglib.geometry.smoothing import gaussian_smooth
 #: What Chen et al. multiply Perlin noise by (4 to 18 voxels), in cells of 32 voxels.
 AMPLITUDES = (4 / 32, 6 / 32, 8 / 32, 14 / 32, 16 / 32, 18 / 32)
 
-#: Voxels that a CPU samples at a time: with all of an image it would mostly wait for memory.
+#: A CPU samples so many voxels at a time. With all of an image it would mostly wait for memory.
 PART = 2**20
 
 
