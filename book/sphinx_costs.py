@@ -112,22 +112,20 @@ def origin(run: Content) -> str:
 
 def steps(content: Content) -> Table:
     """What was measured of networks."""
-    head = ["preset", "voxels", "what", "device", "precision", "parameters", "batch"]
+    head = ["preset, voxels", "what", "a step", "of pairs", "memory", "parameters", "device"]
     rows = [
         [
-            _network(row),
-            _voxels(row),
+            f"{_network(row)}, {_voxels(row)}",
             row["kind"],
-            _device(run),
-            row["precision"],
-            f"{row['parameters'] / 1e6:.2f} M",
-            str(row["batch"]),
             duration(row["seconds"]),
+            str(row["batch"]),
             f"{row['peak_memory'] / 2**30:.1f} GiB",
+            f"{row['parameters'] / 1e6:.2f} M",
+            _device(run) + ("" if row["precision"] == "float32" else f", {row['precision']}"),
         ]
         for run, row in _all(content, *STEPS)
     ]
-    return [*head, "a step", "memory"], rows
+    return head, rows
 
 
 def encoder_only(content: Content) -> Table:
