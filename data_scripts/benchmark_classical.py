@@ -211,7 +211,10 @@ def measure(case: Loaded, u: Tensor) -> dict[str, Any]:
     }
 
 
-def measure_file(case: Loaded, path: Path) -> dict[str, Any]:
+Measure = Callable[[Loaded, Tensor], dict[str, Any]]
+
+
+def measure_file(case: Loaded, path: Path, measure: Measure = measure) -> dict[str, Any]:
     """The same of a field on disk, which must lie on the fixed grid."""
     u, affine = read_field(path)
     same = u.shape[2:] == case.fixed.tensor.shape[2:]
@@ -395,6 +398,9 @@ def measure_all(
     files: dict[str, Path],
     run: Register,
     known: Sequence[Row] = (),
+    *,
+    load: Callable[[Case], Loaded] = load,
+    measure: Measure = measure,
 ) -> None:
     """Measure what ``record`` does not hold: pair by pair, one configuration after another.
 
@@ -405,6 +411,8 @@ def measure_all(
         files: where ``moving`` and ``fixed`` go, and where ``field`` comes to lie.
         run: registers what lies there, given a name and settings.
         known: rows to estimate the time from.
+        load: reads a case.
+        measure: what is to be known about a transform.
     """
     names = [UNREGISTERED, *configurations]
     left = {(*case[:3], name) for case in everything for name in names} - record.done
@@ -412,8 +420,8 @@ def measure_all(
         todo = [name for name in names if (*case[:3], name) in left]
         if not todo:
             continue
-        loaded = load(case)
-        for part, image in (("moving", loaded.moving), ("fixed", loaded.fixed)):
+        pair = load(case)
+        for part, image in (("moving", pair.moving), ("fixed", pair.fixed)):
             write_image(files[part], image)
         for name in todo:
             minutes = estimate(left, record.rows, known)
@@ -422,23 +430,26 @@ def measure_all(
             row |= {"load": round(os.getloadavg()[0], 2)}
             row |= {"seconds": 0.0, "cpu_seconds": 0.0, "timed_out": False, "failed": None}
             if name == UNREGISTERED:
-                row |= measure(loaded, torch.zeros(1, 3, *loaded.fixed.tensor.shape[2:]))
+                row |= measure(pair, torch.zeros(1, 3, *pair.fixed.tensor.shape[2:]))
             else:
                 files["field"].unlink(missing_ok=True)
-                row |= outcome(loaded, run(name, configurations[name]), files["field"])
+                answer = run(name, configurations[name])
+                row |= outcome(pair, answer, files["field"], measure)
             record.add(row)
             left.discard(key(row))
 
 
-def outcome(case: Loaded, answer: dict[str, Any], field: Path) -> dict[str, Any]:
+def outcome(
+    case: Loaded, answer: dict[str, Any], field: Path, measure: Measure = measure
+) -> dict[str, Any]:
     """What a row says of a registration that was answered so."""
     if answer.get("timed_out"):
         return {"seconds": CAP, "cpu_seconds": None, "timed_out": True}
     if "error" in answer:
         return {"cpu_seconds": None, "failed": answer["error"]}
-    times = {part: round(answer[part], 3) for part in ("seconds", "cpu_seconds")}
+    times = {part: round(answer[part], 4) for part in ("seconds", "cpu_seconds")}
     try:
-        return times | measure_file(case, field)
+        return times | measure_file(case, field, measure)
     except (OSError, ValueError) as error:
         return times | {"failed": f"{type(error).__name__}: {error}"}
 

@@ -42,13 +42,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pretraining import WORK, Run
+from pretraining import WORK, Run, take_encoder
 from provenance import ROOT, provenance, write_json
 from torch import Tensor, nn
 
 from reglib.data.conform import resample
 from reglib.geometry.sampling import warp_points
-from reglib.methods import pretraining, transmorph
+from reglib.methods import transmorph
 from reglib.methods.classical import Velocity
 from reglib.methods.network import Network
 from reglib.objectives.metrics import folding, ndv
@@ -309,9 +309,7 @@ def new_network(size: Mapping[str, Any], seed: int, encoder: Path | None) -> tra
     torch.manual_seed(seed)
     network = transmorph.TransMorph(transmorph.PRESETS[size["preset"]])
     if encoder is not None:
-        given = transmorph.Encoder(network.settings)
-        given.load_state_dict(load_weights(encoder)[0])
-        pretraining.transfer(given, network)
+        take_encoder(network, load_weights(encoder)[0])
     return network
 
 

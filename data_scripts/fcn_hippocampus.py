@@ -36,7 +36,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,13 +45,13 @@ import benchmark_classical
 import numpy as np
 import peers
 import torch
-from benchmark_classical import CAP, Case, Loaded, Workers, run_reglib
+from benchmark_classical import Case, Loaded, Workers, run_reglib
 from benchmark_record import UNREGISTERED, Record, Row, key, table
 from provenance import ROOT, provenance, write_json
 from torch import Tensor, nn
 
 from reglib.data.datasets import hippocampus
-from reglib.data.nifti import Image, read_field, write_image
+from reglib.data.nifti import Image
 from reglib.geometry.sampling import warp, warp_labels
 from reglib.methods import classical, fcn
 from reglib.methods.network import Network
@@ -418,52 +418,6 @@ def measure(case: Loaded, u: Tensor) -> dict[str, Any]:
     return row
 
 
-def outcome(case: Loaded, answer: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What a row says of a registration that was answered so."""
-    if answer.get("timed_out"):
-        return {"seconds": CAP, "cpu_seconds": None, "timed_out": True}
-    if "error" in answer:
-        return {"cpu_seconds": None, "failed": answer["error"]}
-    times = {part: round(answer[part], 4) for part in ("seconds", "cpu_seconds")}
-    try:
-        u, affine = read_field(path)
-        if u.shape[2:] != case.fixed.tensor.shape[2:] or not torch.allclose(
-            affine, case.fixed.affine, atol=1e-3
-        ):
-            raise ValueError(f"{path.name}: wanted a field on the fixed grid, got another")
-        return times | measure(case, u)
-    except (OSError, ValueError) as error:
-        return times | {"failed": f"{type(error).__name__}: {error}"}
-
-
-def measure_all(
-    record: Record,
-    part: str,
-    everything: Sequence[Case],
-    wanted: dict[str, dict[str, Any]],
-    files: dict[str, Path],
-    run: Callable[[str, dict[str, Any]], dict[str, Any]],
-) -> None:
-    """Measure what ``record`` does not hold: pair by pair, one configuration after another."""
-    for number, case in enumerate(everything, 1):
-        pair = loaded(case, part)
-        for name, image in (("moving", pair.moving), ("fixed", pair.fixed)):
-            write_image(files[name], image)
-        for name in [UNREGISTERED, *wanted]:
-            if (*case[:3], name) in record.done:
-                continue
-            print(f"{number}/{len(everything)} {case.moving} {case.fixed}, {name}", flush=True)
-            row: Row = case._asdict() | {"configuration": name}
-            row |= {"load": round(os.getloadavg()[0], 2)}
-            row |= {"seconds": 0.0, "cpu_seconds": 0.0, "timed_out": False, "failed": None}
-            if name == UNREGISTERED:
-                row |= measure(pair, torch.zeros(1, 3, *pair.fixed.tensor.shape[2:]))
-            else:
-                files["field"].unlink(missing_ok=True)
-                row |= outcome(pair, run(name, wanted[name]), files["field"])
-            record.add(row)
-
-
 def extra_means(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Of each configuration: Dice of both parts, and HD95 in mm."""
     found: dict[str, list[Row]] = {}
@@ -500,7 +454,15 @@ def test(part: str, pairs: int | None, only: Sequence[str] | None) -> None:
         tempfile.TemporaryDirectory() as folder,
         Workers(python, Path(folder), __file__, WORK) as workers,
     ):
-        measure_all(record, part, everything, wanted, workers.files, workers.register)
+        benchmark_classical.measure_all(
+            record,
+            everything,
+            wanted,
+            workers.files,
+            workers.register,
+            load=functools.partial(loaded, part=part),
+            measure=measure,
+        )
     names = list(all_of_them if final else wanted)
     the_pairs = [case[:3] for case in everything]
     missing = {(*pair, name) for pair in the_pairs for name in names} - record.done

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pretraining import SIZES, WORK, Run
+from pretraining import SIZES, WORK, Run, take_encoder
 from provenance import ROOT, provenance, write_json
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ from reglib.data.conform import conform_grid, resample
 from reglib.data.nifti import Image, read_image, read_labels, voxel_to_world, world_to_voxel
 from reglib.geometry.affine import transform_points
 from reglib.geometry.sampling import warp, warp_points
-from reglib.methods import pretraining, transmorph
+from reglib.methods import transmorph
 from reglib.methods.classical import Affine, Velocity
 from reglib.objectives.metrics import folding, tre
 from reglib.objectives.regularity import diffusion
@@ -176,9 +176,7 @@ def new_network(seed: int, weights: Path | None) -> transmorph.TransMorph:
     network = transmorph.TransMorph(transmorph.PRESETS[BRAINS["preset"]])
     network.card["input"]["spacing"] = [SPACING] * 3
     if weights is not None:
-        given = transmorph.Encoder(network.settings)
-        given.load_state_dict(load_weights(weights)[0])
-        pretraining.transfer(given, network)
+        take_encoder(network, load_weights(weights)[0])
     return network
 
 

@@ -27,7 +27,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +174,13 @@ def new_network(size: dict[str, Any], seed: int) -> transmorph.TransMorph:
     return transmorph.TransMorph(transmorph.PRESETS[size["preset"]])
 
 
+def take_encoder(network: transmorph.TransMorph, state: Mapping[str, Tensor]) -> None:
+    """Give a network the encoder that was pretrained; nothing else changes."""
+    given = transmorph.Encoder(network.settings)
+    given.load_state_dict(state)
+    pretraining.transfer(given, network)
+
+
 def pretraining_network(
     size: dict[str, Any], run: Run
 ) -> tuple[nn.Module, Callable[..., dict[str, Tensor]]]:
@@ -289,9 +296,7 @@ def finetune(
         if run.variant == "whole":
             network.load_state_dict(state)
         else:
-            given = transmorph.Encoder(network.settings)
-            given.load_state_dict(state)
-            pretraining.transfer(given, network)
+            take_encoder(network, state)
     network.to(device)
     train, index = brains("train"), atlas_index()
     subjects = subjects_of(run)

@@ -31,7 +31,7 @@ import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,14 @@ import benchmark_classical
 import peers
 import pretraining
 import torch
-from benchmark_classical import Case, Loaded, Workers, run_reglib
-from benchmark_record import UNREGISTERED, Record, Row, compare, estimate, key, score, table
+from benchmark_classical import Case, Loaded, Workers, measure_all, run_reglib
+from benchmark_record import UNREGISTERED, Record, Row, compare, key, score, table
 from brains import Brains, ixi_structures, load, load_malf
 from provenance import ROOT, provenance, write_json
 from scipy.stats import wilcoxon
 from torch import Tensor, nn
 
-from reglib.data.nifti import Image, write_image
+from reglib.data.nifti import Image
 from reglib.geometry.fields import upsample_field
 from reglib.geometry.sampling import warp
 from reglib.geometry.smoothing import pool
@@ -243,40 +243,6 @@ def loaded(case: Case, split: str) -> Loaded:
     return Loaded(list(ixi_structures()), *images, labels, fixed_labels)
 
 
-def measure_all(
-    record: Record,
-    everything: Sequence[Case],
-    wanted: dict[str, dict[str, Any]],
-    files: dict[str, Path],
-    run: Callable[[str, dict[str, Any]], dict[str, Any]],
-) -> None:
-    """Measure what ``record`` does not hold: pair by pair, one configuration after another."""
-    names = [UNREGISTERED, *wanted]
-    left = {(*case[:3], name) for case in everything for name in names} - record.done
-    for case in everything:
-        todo = [name for name in names if (*case[:3], name) in left]
-        if not todo:
-            continue
-        pair = loaded(case, record.split)
-        for part, image in (("moving", pair.moving), ("fixed", pair.fixed)):
-            write_image(files[part], image)
-        for name in todo:
-            minutes = estimate(left, record.rows)
-            print(f"{minutes:5.0f} min left: {case.set} {case.fixed}, {name}", flush=True)
-            row: Row = case._asdict() | {"configuration": name}
-            row |= {"load": round(os.getloadavg()[0], 2)}
-            row |= {"seconds": 0.0, "cpu_seconds": 0.0, "timed_out": False, "failed": None}
-            if name == UNREGISTERED:
-                still = torch.zeros(1, 3, *pair.fixed.tensor.shape[2:])
-                row |= benchmark_classical.measure(pair, still)
-            else:
-                files["field"].unlink(missing_ok=True)
-                answer = run(name, wanted[name])
-                row |= benchmark_classical.outcome(pair, answer, files["field"])
-            record.add(row)
-            left.discard(key(row))
-
-
 # --- Statistics -----------------------------------------------------------------------------
 
 
@@ -407,7 +373,8 @@ def compare_all(options: argparse.Namespace) -> None:
             record.forget(options.again)
             pairs = [case[:3] for case in everything]
             record.begin(wanted, {(*p, n) for p in pairs for n in [UNREGISTERED, *wanted]})
-            measure_all(record, everything, wanted, workers.files, workers.register)
+            read = functools.partial(loaded, split=options.split)
+            measure_all(record, everything, wanted, workers.files, workers.register, load=read)
             names = all_of_them if final else wanted
             missing = {(*p, n) for p in pairs for n in names} - record.done
             if missing:

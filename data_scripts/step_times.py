@@ -31,7 +31,7 @@ import pretraining
 import torch
 from nothing import Nothing
 from provenance import ROOT, provenance
-from timing import add, in_turn, load, peak_memory, rounded, run_of
+from timing import add, add_all, device_arguments, in_turn, load, peak_memory, rounded, run_of
 from torch import nn
 
 from reglib.synth import RandomPair, random_pair
@@ -249,14 +249,11 @@ def main() -> None:
     parser.add_argument("--voxels", type=int, nargs="+", choices=(2, 1), default=[2, 1])
     parser.add_argument("--steps", type=int, default=3, help="measured after the first (paper: 1)")
     parser.add_argument("--shape", type=int, nargs=3, help="a trial with all rows at this shape")
-    parser.add_argument("--add", type=Path, help="put the record of another machine into results/")
-    parser.add_argument("--settings", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    device_arguments(parser)
     options = parser.parse_args()
     path = ROOT / "results" / NAME
     if options.add is not None:
-        for run in json.loads(options.add.read_text())["runs"]:
-            add(path, HEAD, run)
+        add_all(path, HEAD, options.add)
         return
     begin, before, device = time.perf_counter(), load(), "cpu"
     shape = None if options.shape is None else tuple(options.shape)

@@ -15,14 +15,13 @@ import functools
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import synth_baseline
 import torch
 from provenance import ROOT, provenance
-from timing import add, in_turn, load, peak_memory, rounded, run_of
+from timing import add, add_all, device_arguments, in_turn, load, peak_memory, rounded, run_of
 
 from reglib.geometry.grid import sample
 from reglib.geometry.sampling import transform_grid, warp, warp_labels
@@ -94,14 +93,11 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, help="a trial at this shape")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--baselines", type=int, default=1, help="runs of the plain way")
-    parser.add_argument("--add", type=Path, help="put the record of another machine into results/")
-    parser.add_argument("--settings", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    device_arguments(parser)
     options = parser.parse_args()
     path = ROOT / "results" / NAME
     if options.add is not None:
-        for run in json.loads(options.add.read_text())["runs"]:
-            add(path, HEAD, run)
+        add_all(path, HEAD, options.add)
         return
     begin, before, device, shape = time.perf_counter(), load(), "cpu", options.shape
     if options.settings is not None:

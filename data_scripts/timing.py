@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -77,3 +78,16 @@ def add(path: Path, head: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     others = json.loads(path.read_text())["runs"] if path.exists() else []
     runs = [other for other in others if other["device"] != run["device"]]
     write_json(path, {**head, "runs": sorted([*runs, run], key=lambda one: one["device"] != "cpu")})
+
+
+def device_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--add`` for people, ``--settings`` and ``--out`` for the queue of ``make gpu``."""
+    parser.add_argument("--add", type=Path, help="put the record of another machine into results/")
+    parser.add_argument("--settings", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+
+
+def add_all(path: Path, head: Mapping[str, Any], record: Path) -> None:
+    """Put the runs of another machine's record into a results file."""
+    for run in json.loads(record.read_text())["runs"]:
+        add(path, head, run)

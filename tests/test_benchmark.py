@@ -415,10 +415,9 @@ def row(pair, cluster: int, name: str, **values) -> dict:
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
+def toy(tmp_path):
     """``measure_all`` without images: gives a function that runs it, and what it has registered."""
     calls: list[str] = []
-    monkeypatch.setattr(benchmark, "load", lambda case: loaded((0, 0, 0)))
     files = {part: tmp_path / f"{part}.nii" for part in ("moving", "fixed", "field")}
 
     def register(name: str, settings: dict) -> dict:
@@ -435,7 +434,9 @@ def toy(tmp_path, monkeypatch):
         record = records.Record(path, split, finished)
         record.forget(again)
         record.begin(settings, TASKS)
-        benchmark.measure_all(record, CASES, settings, files, register)
+        benchmark.measure_all(
+            record, CASES, settings, files, register, load=lambda case: loaded((0, 0, 0))
+        )
         return record.finish(PAIRS, list(settings), {"script": "toy"})
 
     run.calls, run.register, run.path, run.finished = calls, register, path, finished

@@ -33,14 +33,6 @@ NAMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def displacement(points: np.ndarray) -> np.ndarray:
     """Voxels: most along the last axis and far along all of them, none where they begin.
 

@@ -45,15 +45,6 @@ SETTINGS = {2: SMALL, 3: dataclasses.replace(SMALL, window=(3, 2, 4))}
 SHAPES = {2: (16, 24), 3: (16, 24, 8)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks as small as these lose more by sharing the work than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_fcn(dimensions: int = 2) -> FCN:
     return FCN(FCNSettings(dimensions=dimensions, channels=(4, 6, 8)))
 

@@ -32,15 +32,6 @@ def _ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks as small as these lose more by sharing the work than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Shift(nn.Module):
     """A tiny network that answers with one translation: where features lie, then a linear map."""
 

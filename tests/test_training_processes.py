@@ -361,14 +361,6 @@ def both(tmp_path_factory):
     return [json.loads((folder / f"seen_{r}.json").read_text()) for r in range(NUMBER)], folder
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def alone(network, **options):
     history = fit(network, stream(), distances, lr=1e-2, progress=False, **{"steps": 8} | options)
     return history, state_of(network)

@@ -43,15 +43,6 @@ SETTINGS = {2: SMALL, 3: dataclasses.replace(SMALL, window=(2, 3, 2), patch=2)}
 SHAPES = {2: (32, 48), 3: (16, 24, 8)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks as small as these lose more by sharing the work than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def moved(settings: Settings, *, checkpointing: bool = False) -> TransMorph:
     """A network with heads large enough to move things, in evaluation mode."""
     torch.manual_seed(0)
