@@ -181,10 +181,9 @@ def test_configurations_survive_json_and_have_what_they_start_from(tmp_path):
             # Not trained: nothing there, so the run stops before it starts.
             assert settings.get("sha256") is None
     assert set(script.PEERS["malf"]) <= set(script.PEERS["ixi_2mm"])
-    chosen = script.configurations("malf", "cpu", tmp_path, list(script.CHOSEN.values()))
+    chosen = script.configurations("malf", "cpu", tmp_path, [script.CHOSEN])
     assert all(name in chosen for name in script.NETWORKS)
-    for words in script.CHOSEN.values():
-        assert all(f"{name}, then {words}" in chosen for name in script.NETWORKS)
+    assert all(f"{name}, then {script.CHOSEN}" in chosen for name in script.NETWORKS)
     runs = {run.name for run in script.pretraining.runs_of(script.pretraining.SIZES["cpu"])}
     assert set(script.NETWORKS.values()) <= runs
 
@@ -316,13 +315,10 @@ def test_a_failed_pair_counts_as_unregistered():
 def test_goals_are_numbers_beside_the_best_peer():
     dice, seconds, ndv = {}, {}, {}
     for name in script.NETWORKS:
-        dice |= {name: [0.75, 0.8, 0.75]}
-        seconds |= {name: 0.2}
-        for words in script.CHOSEN.values():
-            then = f"{name}, then {words}"
-            dice |= {then: [0.8, 0.85, 0.8]}
-            seconds |= {then: 4.0}
-            ndv |= {then: 3e-5}
+        then = f"{name}, then {script.CHOSEN}"
+        dice |= {name: [0.75, 0.8, 0.75], then: [0.8, 0.85, 0.8]}
+        seconds |= {name: 0.2, then: 4.0}
+        ndv |= {then: 3e-5}
     peers = {"poor": [0.7, 0.6, 0.6], "good": [0.7, 0.8, 0.7]}
     rows = rows_of(unregistered=[0.5, 0.6, 0.5], **peers, **dice)
     for row in rows:
@@ -333,14 +329,12 @@ def test_goals_are_numbers_beside_the_best_peer():
     assert found["wanted"] == script.WANTED
     assert list(found["networks"]) == list(script.NETWORKS)
     for one in found["networks"].values():
-        forward, *optimised = one.values()
-        assert list(one) == ["one forward pass", *script.CHOSEN]
+        forward, optimised = one["one forward pass"], one["optimised on the pair"]
         assert forward["beside"]["good"]["dice"] == pytest.approx(0.1 / 3, abs=1e-4)
         assert forward["beside"]["good"]["seconds_ratio"] == pytest.approx(0.1)
         assert forward["beside"]["good"]["better"] == 2
-        for way in optimised:
-            assert way["beside"]["poor"]["seconds_ratio"] == pytest.approx(2.0)
-            assert way["ndv"] == 3e-5
+        assert optimised["beside"]["poor"]["seconds_ratio"] == pytest.approx(2.0)
+        assert optimised["ndv"] == 3e-5
 
 
 # --- malf -----------------------------------------------------------------------------------
