@@ -89,6 +89,22 @@ CONTINUATIONS: dict[str, dict[str, Any]] = {
     "velocity, 4 and 2 mm, 10 steps": {"Velocity": {"levels": [4.0, 2.0], "steps": 10, "lr": 0.5}},
     "velocity, 4 and 2 mm, 20 steps": {"Velocity": {"levels": [4.0, 2.0], "steps": 20, "lr": 0.3}},
     "velocity, 4 and 2 mm, 30 steps": {"Velocity": {"levels": [4.0, 2.0], "steps": 30, "lr": 0.3}},
+    "velocity, 4 and 2 mm, 40 steps": {"Velocity": {"levels": [4.0, 2.0], "steps": 40, "lr": 0.3}},
+    "velocity, 4 and 2 mm, 20 steps, half as smooth": {
+        "Velocity": {"levels": [4.0, 2.0], "steps": 20, "lr": 0.3, "regularity_weight": 0.25}
+    },
+    "velocity, 4 and 2 mm, 20 steps, twice as smooth": {
+        "Velocity": {"levels": [4.0, 2.0], "steps": 20, "lr": 0.3, "regularity_weight": 1.0}
+    },
+    "velocity of every voxel, 2 mm, 20 steps": {
+        "Velocity": {"levels": [2.0], "nodes": 1.0, "steps": 20, "lr": 0.3}
+    },
+    "velocity of every voxel, 4 and 2 mm, 20 steps": {
+        "Velocity": {"levels": [4.0, 2.0], "nodes": 1.0, "steps": 20, "lr": 0.3}
+    },
+    "velocity of every voxel, 4 and 2 mm, 30 steps": {
+        "Velocity": {"levels": [4.0, 2.0], "nodes": 1.0, "steps": 30, "lr": 0.3}
+    },
     "displacement, 2 mm, 20 steps": {"Displacement": {"levels": [2.0], "steps": 20, "lr": 0.3}},
     "training on the pair, 20 steps": {"Instance": {"steps": 20, "lr": 3e-4}},
 }
