@@ -585,7 +585,7 @@ def test_the_command_survives_a_killed_worker_and_ctrl_c(data, address, tmp_path
         text, err = process.communicate(timeout=100)
     finally:
         process.kill()
-    assert process.returncode == 1, err
+    assert process.returncode == 1, text + err
     assert text == ""
     goes_on = "the same command goes on from there"
     assert err == f"Interrupted: what is done stays in {out}; {goes_on}.\n"
