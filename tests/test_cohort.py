@@ -567,7 +567,7 @@ def test_the_command_survives_a_killed_worker_and_ctrl_c(data, address, tmp_path
     The pairs that were done stay as they were, and four that differ have the bits of the single
     function.
     """
-    path, count = tmp_path / "pairs.csv", 24  # so many that some are left at Ctrl-C
+    path, count = tmp_path / "pairs.csv", 48  # so many that some are left at Ctrl-C
     lines = [f"p{k},{data}/m{k % 4}.nii.gz,{data}/fixed.nii.gz" for k in range(count)]
     path.write_text("\n".join(["name,moving,fixed", *lines]))
     # The network is quick, so most of the time goes into reading, writing and drawing.
@@ -575,11 +575,13 @@ def test_the_command_survives_a_killed_worker_and_ctrl_c(data, address, tmp_path
     process = start(*words, "--out", out)
     try:
         wait_for(lambda: out.exists() and len(ready(out)) >= 1)
+        os.killpg(process.pid, signal.SIGSTOP)  # looking around takes a while on a busy machine
         children = psutil.Process(process.pid).children(recursive=True)
         workers = [c for c in children if "spawn_main" in " ".join(c.cmdline())]
         assert len(workers) == 2
         workers[0].kill()
         at_kill = len(ready(out))
+        os.killpg(process.pid, signal.SIGCONT)
         wait_for(lambda: len(ready(out)) >= at_kill + 1)
         os.killpg(process.pid, signal.SIGINT)
         text, err = process.communicate(timeout=100)
