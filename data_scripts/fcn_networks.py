@@ -129,12 +129,8 @@ def pairs_of(part: str) -> tuple[Tensor, ...]:
     """The pairs of a part as tensors: moving, fixed, moving labels, fixed labels."""
     members = load(part)
     moving, fixed = map(list, zip(*places(len(members.names)), strict=True))
-    return (
-        members.images[moving],
-        members.images[fixed],
-        members.labels[moving],
-        (members.labels[fixed]),
-    )
+    images, labels = members.images, members.labels
+    return images[moving], images[fixed], labels[moving], labels[fixed]
 
 
 # --- Networks -------------------------------------------------------------------------------
@@ -180,8 +176,7 @@ class Recipe(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """As JSON."""
         named = {k: getattr(v, "__name__", v) for k, v in self.objective.items()}
-        found = self._asdict() | {"objective": named}
-        return {key: found[key] for key in ("kind", "objective", "lr", "batch")}
+        return {"kind": self.kind, "objective": named, "lr": self.lr, "batch": self.batch}
 
 
 AS_THE_PAPER: dict[str, Any] = {
