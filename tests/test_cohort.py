@@ -554,6 +554,8 @@ def start(*words):
         text=True,
         start_new_session=True,
         env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"},
+        # Shells start background jobs with Ctrl-C ignored, and this would pass on to the command.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
