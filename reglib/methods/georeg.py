@@ -269,8 +269,8 @@ class Refinement(nn.Module):
         else:
             centre = _points(transform_grid(field))
             reach = float(self.size)
-            seen = Neighbours(_points(moving), shape, centre, centre, self.size, reach=reach)
-            step = self.attention(points, seen)
+            around = Neighbours(_points(moving), shape, centre, centre, self.size, reach=reach)
+            step = self.attention(points, around)
         return field + _grid(step, shape)
 
 

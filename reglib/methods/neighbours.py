@@ -95,7 +95,7 @@ def attend(query: Tensor, neighbours: Neighbours, frequencies: Tensor) -> Tensor
 class _Part(NamedTuple):
     """What some points look at."""
 
-    index: Tensor  # of the nodes, in the flat features of the whole batch
+    node: Tensor  # flat index in the features of the whole batch
     x: Tensor  # features and codes of the positions
     sin: Tensor
     cos: Tensor
@@ -127,7 +127,7 @@ class _Attend(torch.autograd.Function):
         return out.view(query.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, features, centre, shift, start, frequencies = ctx.saved_tensors
         work = _Work(query, features, centre, shift, start, frequencies, ctx.rest)
@@ -144,7 +144,7 @@ class _Attend(torch.autograd.Function):
             to_logits = weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True))
             to_query[rows] = (to_logits.unsqueeze(-1) * part.x).sum(1)
             to_x = weights.unsqueeze(-1) * g + to_logits.unsqueeze(-1) * q.unsqueeze(1)
-            index = part.index.flatten()
+            index = part.node.flatten()
             to_features.index_add_(0, index, to_x.flatten(0, 1))
             to_angle = to_x[..., :half] * part.cos - to_x[..., half:] * part.sin
             to_relative = to_angle @ frequencies.T
