@@ -318,6 +318,28 @@ def _counts(values: Sequence[int], name: str, length: int | None) -> Sequence[in
     return values
 
 
+#: Settings by name. ``digits`` is the demonstration on MNIST; ``brains 2-D`` and ``brains 3-D`` are
+#: the six levels of the paper ("4 iterations on the two coarsest"), with the neighbourhoods of its
+#: released code.
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {"dimensions": 2, "channels": (16, 32, 64)},
+    "brains 2-D": {
+        "dimensions": 2,
+        "channels": (16, 32, 32, 64, 64, 128),
+        "neighbourhoods": (2, 2, 3, 3, 5, 5),
+        "iterations": (1, 1, 1, 1, 1, 1),
+        "interpolation": (2, 3, 3, 5, 5),
+    },
+    "brains 3-D": {
+        "dimensions": 3,
+        "channels": (16, 32, 32, 64, 64, 128),
+        "neighbourhoods": (2, 2, 3, 3, 5, 5),
+        "iterations": (1, 1, 1, 2, 4, 4),
+        "interpolation": (2, 3, 3, 5, 5),
+    },
+}
+
+
 class GeoReg(nn.Module):
     """Coarse-to-fine registration network on continuous coordinates.
 
@@ -329,7 +351,8 @@ class GeoReg(nn.Module):
             the refinement of a level (interpolation only), which the coarsest cannot do.
         iterations: refinements of each level with shared weights, finest level first; 0 where
             the neighbourhood is 0.
-        interpolation: parents along each axis for the learned interpolation; 0 makes it linear.
+        interpolation: parents along each axis for the learned interpolation, one number or one per
+            level but the coarsest, finest first; 0 makes it linear.
         fourier_scale: standard deviation of the Fourier frequencies, in cycles per voxel.
         warp_features: resample the moving features at phi(x) instead of attending to them where
             they are (for the ablation).
@@ -346,7 +369,7 @@ class GeoReg(nn.Module):
         channels: Sequence[int] = (16, 32, 64),
         neighbourhoods: Sequence[int] = (3, 3, 3),
         iterations: Sequence[int] = (1, 2, 2),
-        interpolation: int = 2,
+        interpolation: int | Sequence[int] = 2,
         fourier_scale: float = 0.15,
         warp_features: bool = False,
     ) -> None:
@@ -359,7 +382,10 @@ class GeoReg(nn.Module):
             raise ValueError(f"channels: wanted even numbers, one per level, got {channels!r}")
         _counts(neighbourhoods, "neighbourhoods", levels)
         _counts(iterations, "iterations", levels)
-        _counts([interpolation], "interpolation", 1)
+        if isinstance(interpolation, Sequence):
+            parents = list(_counts(interpolation, "interpolation", levels - 1))
+        else:
+            parents = list(_counts([interpolation], "interpolation", 1)) * (levels - 1)
         if neighbourhoods[-1] == 0 or any(
             (i == 0) != (k == 0) for i, k in zip(iterations, neighbourhoods, strict=True)
         ):
@@ -378,7 +404,7 @@ class GeoReg(nn.Module):
             "channels": list(channels),
             "neighbourhoods": list(neighbourhoods),
             "iterations": list(iterations),
-            "interpolation": interpolation,
+            "interpolation": parents if isinstance(interpolation, Sequence) else interpolation,
             "fourier_scale": fourier_scale,
             "warp_features": warp_features,
         }
@@ -391,9 +417,8 @@ class GeoReg(nn.Module):
             for c, k in zip(channels, neighbourhoods, strict=True)
         )
         self.interpolations = nn.ModuleList(
-            Interpolation(dimensions, coarse, fine, interpolation, fourier_scale)
-            for fine, coarse in itertools.pairwise(channels)
-            if interpolation
+            Interpolation(dimensions, coarse, fine, k, fourier_scale) if k else nn.Identity()
+            for (fine, coarse), k in zip(itertools.pairwise(channels), parents, strict=True)
         )
 
     @property
@@ -455,8 +480,8 @@ class GeoReg(nn.Module):
         for level in reversed(range(len(features))):
             moving_features, fixed_features = features[level]
             if level < len(features) - 1:
-                if len(self.interpolations):
-                    delta = self.interpolations[level]
+                delta = self.interpolations[level]
+                if isinstance(delta, Interpolation):
                     field = delta(fixed_features, features[level + 1][1], field)
                 else:
                     field = upsample_field(field, 2, fixed_features.shape[2:])
