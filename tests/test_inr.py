@@ -21,6 +21,7 @@ from reglib.geometry.procrustes import fit_rigid
 from reglib.geometry.sampling import transform_grid
 from reglib.methods.inr import INR, PRESETS, CoordinateNetwork, CoordinateSettings, Layers
 from reglib.methods.pair import Iterate
+from reglib.methods.search import Search
 from reglib.registration import Registration, register
 
 both_dimensions = pytest.mark.parametrize("dimensions", [2, 3])
@@ -31,9 +32,13 @@ FIXED = {2: ((36, 32), (1.0, 1.2)), 3: ((16, 18, 14), (1.0, 1.0, 1.3))}
 MOVING = {2: ((40, 36), (1.1, 1.0)), 3: ((18, 16, 19), (1.0, 1.2, 1.0))}
 
 #: Small and fast networks for a rigid motion.
-IMAGE = CoordinateSettings(coarsest=0.15, finest=0.5, levels=3, width=32, lr=2e-2)
-MOTION = CoordinateSettings(coarsest=0, finest=0, levels=4, width=16, scale=1.0, lr=2e-3)
-TINY = INR(image=IMAGE, motion=MOTION, steps=120, coordinates=512, coarse_to_fine=0.5)
+IMAGE = CoordinateSettings(
+    coarsest=0.15, finest=0.5, levels=3, width=32, coarse_to_fine=0.5, lr=2e-2
+)
+MOTION = CoordinateSettings(
+    coarsest=0, finest=0, levels=4, width=16, scale=1.0, coarse_to_fine=0, lr=2e-3
+)
+TINY = INR(image=IMAGE, motion=MOTION, steps=120, coordinates=512)
 
 
 def grid(shape: tuple[int, ...], spacing: tuple[float, ...]) -> Tensor:
@@ -232,19 +237,33 @@ def test_all_voxels_at_every_step() -> None:
 
 
 def test_several_starts_find_what_one_does_not() -> None:
-    """30 degrees are beyond one start; the choice takes the start that led there."""
+    """30 degrees are beyond one start. Of two that a search gives undescended, one leads there.
+
+    The choice takes it, and the confidence tells the two results apart.
+    """
     pair = Known(2, turned(2, 30, 0.0))
     one = pair.register(TINY)
-    several = replace(
-        TINY, starts=2, candidates=60, rotation=math.radians(40), translation=0.02, steps=80
+    search = Search(
+        steps=0, candidates=60, kept=2, rotation=math.radians(40), translation=0.02
     )
-    found = pair.register(several)
+    found = pair.register(replace(TINY, search=search, starts=2, steps=80))
     assert pair.error(one) > 2
     assert pair.error(found) < 0.5
     choices = [r.history[0]["choice"] for r in (one, found)]
     assert choices[1]["confidence"][0] > 3 > choices[0]["confidence"][0]
     assert choices[1]["similarity"][0] < choices[0]["similarity"][0]
-    assert 0 < choices[1]["agreement"][0] <= 1
+
+
+def test_after_a_search_the_better_of_start_and_result_is_kept() -> None:
+    """A motion that runs away is not taken: the result is the search's own."""
+    pair = Known(2, turned(2, 20, 1.0))
+    search = Search(candidates=60, kept=2, steps=20)
+    wild = replace(TINY, search=search, steps=10, wait=0.0, motion=replace(MOTION, lr=1.0))
+    found, alone = pair.register(wild), pair.register(search)
+    torch.testing.assert_close(found.affine, alone.affine)
+    assert pair.error(found) < 1
+    free = pair.register([search, replace(wild, search=None)])
+    assert pair.error(free) > 2
 
 
 @both_dimensions
@@ -268,7 +287,8 @@ def test_a_pair_of_a_batch_gives_what_it_gives_alone(
     """To 1e-3 voxels after five steps: what is left is the order of sums."""
     pairs = [Known(dimensions, turned(dimensions, b, 0.5), batch=b) for b in range(batch)]
     moving, fixed = (torch.cat([getattr(p, n) for p in pairs]) for n in ("moving", "fixed"))
-    method = replace(TINY, steps=5, starts=2, candidates=4, modality=modality, rigid=False)
+    search = Search(candidates=4, kept=2, steps=0)
+    method = replace(TINY, steps=5, starts=2, search=search, modality=modality, rigid=False)
     together = register(moving, fixed, method, progress=False)
     assert together.field.shape == (batch, dimensions, *FIXED[dimensions][0])
     for b in range(batch):
@@ -329,14 +349,14 @@ def test_it_goes_on_from_what_was_found_before(rigid: bool) -> None:
 
 
 def test_what_the_masks_leave_out_has_no_influence() -> None:
-    """Other intensities there, of the same range, change nothing."""
+    """Other intensities there change nothing."""
     pair = Known(2, turned(2, 3, 1.0))
     masks, spoilt = [], []
     for image in (pair.moving, pair.fixed):
         mask = torch.ones_like(image)
         mask[..., :6] = 0
         other = image.clone()
-        other[..., :5] = image[..., :5].flip(2)
+        other[..., :6] = 50 * image[..., :6].flip(2) - 20
         masks.append(mask)
         spoilt.append(other)
     method = replace(TINY, steps=5, rigid=False)
@@ -349,7 +369,7 @@ def test_what_the_masks_leave_out_has_no_influence() -> None:
 def test_the_seed_decides() -> None:
     """Identical bits for one seed, others for another; torch's own randomness is left alone."""
     pair = Known(2, turned(2, 3, 1.0))
-    method = replace(TINY, steps=3, starts=2, candidates=3, rigid=False)
+    method = replace(TINY, steps=3, rigid=False)
     state = torch.get_rng_state()
     first, second = (pair.register(method) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -383,7 +403,7 @@ def test_it_stops_when_told_to_and_reports() -> None:
     assert [len(found.history[0]["training"][t]) for t in ("moving", "fixed")] == [3, 3]
     whole = pair.register(replace(TINY, steps=2))
     assert whole.history[0].keys() == {"training", "choice"}
-    assert whole.history[0]["choice"].keys() == {"similarity", "confidence", "agreement"}
+    assert whole.history[0]["choice"].keys() == {"similarity", "confidence"}
     assert any(n.startswith("confidence") for n in whole.settings["notes"])
     settings = json.loads(json.dumps(whole.settings))["method"][0]["settings"]
     assert settings["image"]["settings"]["width"] == 32
@@ -392,11 +412,13 @@ def test_it_stops_when_told_to_and_reports() -> None:
 def test_presets_are_methods() -> None:
     """The paper's has none of what makes the other robust."""
     paper, robust = PRESETS["paper"], PRESETS["robust"]
-    assert (paper.starts, paper.bound, paper.coordinates, paper.wait) == (1, None, None, 0)
-    assert robust.starts > 1
+    assert (paper.search, paper.bound, paper.coordinates, paper.wait) == (None, None, None, 0)
+    assert paper.motion.coarse_to_fine == paper.image.coarse_to_fine > 0
+    assert robust.search is not None
     assert robust.bound is not None
     pair = Known(2, turned(2, 3, 1.0))
-    for method in (replace(paper, steps=1), replace(robust, steps=1, candidates=4)):
+    quick = Search(candidates=4, kept=2, steps=1)
+    for method in (replace(paper, steps=1), replace(robust, steps=1, search=quick)):
         assert pair.register(method).affine.shape == (1, 3, 3)
 
 
@@ -416,14 +438,12 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
         ({"steps": 0}, ValueError, "steps"),
         ({"steps": 1.5}, TypeError, "steps"),
         ({"coordinates": 0}, ValueError, "coordinates"),
-        ({"coarse_to_fine": 1.1}, ValueError, "coarse_to_fine: wanted a number from 0 to 1"),
         ({"bound": 0}, ValueError, "bound: wanted a positive number or None"),
         ({"bound": "far"}, TypeError, "bound"),
         ({"starts": 0}, ValueError, "starts"),
-        ({"starts": 3, "candidates": 1}, ValueError, "candidates: wanted at least 2 for 3 starts"),
-        ({"candidates": -1}, ValueError, "candidates"),
-        ({"rotation": 4.0}, ValueError, "rotation"),
-        ({"translation": -0.1}, ValueError, "translation"),
+        ({"starts": 2}, ValueError, "starts: wanted at most 1"),
+        ({"starts": 9, "search": Search()}, ValueError, "starts: wanted at most 8"),
+        ({"search": 3}, TypeError, "search: wanted a Search or None"),
         ({"similarity": "mi"}, TypeError, "similarity"),
     ],
 )
@@ -442,6 +462,7 @@ def test_bad_settings_are_named(change: dict[str, object], error: type, text: st
         ({"width": 2.0}, TypeError, "width"),
         ({"depth": 0}, ValueError, "depth"),
         ({"margin": math.inf}, ValueError, "margin"),
+        ({"coarse_to_fine": 1.1}, ValueError, "coarse_to_fine: wanted a number from 0 to 1"),
         ({"lr": 0}, ValueError, "lr: wanted a positive number"),
         ({"lr": "fast"}, TypeError, "lr"),
     ],

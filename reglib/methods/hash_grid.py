@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from reglib.checks import check_points, check_positive_int, check_shape, check_tensor
+from reglib.checks import check_numbers, check_points, check_positive_int, check_shape, check_tensor
 from reglib.geometry.grid import no_autocast, sample
 
 #: What the indices of a vertex are multiplied by before they are combined (section 3 of the paper).
@@ -75,8 +74,7 @@ def window(progress: float, levels: int) -> Tensor:
 
     Park et al. (Nerfies), ICCV 2021, doi:10.1109/ICCV48922.2021.00581.
     """
-    if isinstance(progress, bool) or not isinstance(progress, Real):
-        raise TypeError(f"progress: wanted a number, got {progress!r}")
+    [progress] = check_numbers([progress], "progress")
     if not progress >= 0:
         raise ValueError(f"progress: wanted at least 0, got {progress}")
     check_positive_int(levels, "levels")
@@ -124,6 +122,9 @@ class HashGrid(nn.Module):
         super().__init__()
         for value, name in ((features, "features"), (table, "table"), (copies, "copies")):
             check_positive_int(value, name)
+        [scale] = check_numbers([scale], "scale")
+        if not 0 <= scale < math.inf:
+            raise ValueError(f"scale: wanted a number of at least 0, got {scale}")
         self.resolutions = resolutions(coarsest, finest, levels)
         self.copies, self.table, self.features = copies, table, features
         tables = []
