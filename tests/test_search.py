@@ -29,6 +29,7 @@ both_dimensions = pytest.mark.parametrize("dimensions", [2, 3])
 FIXED = {2: ((44, 40), (1.0, 1.1)), 3: ((18, 16, 20), (1.6, 1.8, 1.5))}
 MOVING = {2: ((40, 46), (1.1, 1.0)), 3: ((16, 20, 17), (1.8, 1.5, 1.6))}
 FAST = Search(candidates=128, kept=4, steps=25, rotation=math.radians(35))
+FAR = dataclasses.replace(FAST, candidates=256, rotation=math.radians(110))
 
 
 def grid(shape: tuple[int, ...], spacing: tuple[float, ...]) -> Tensor:
@@ -125,23 +126,23 @@ def test_where_images_hardly_meet_there_is_nothing_to_compare(dimensions) -> Non
 @both_dimensions
 @pytest.mark.parametrize("other", [False, True])
 def test_it_finds_what_a_descent_does_not(dimensions, other) -> None:
-    """25 degrees and a tenth of the image, of one contrast and of another, to half a mm.
+    """80 degrees and two mm, of one contrast and of another, to half a mm.
 
-    A descent from the identity ends millimetres away, and the confidence tells the two apart.
+    A descent from the identity ends far away, and the confidence tells the two apart.
     """
-    matrix = truth(dimensions, 25, 3.5 if dimensions == 2 else 2.5)
+    matrix = truth(dimensions, 80, 2.0)
     pair = make(dimensions, matrix, other=other)
     options = {"moving_affine": pair.moving_affine, "fixed_affine": pair.fixed_affine}
     near, far = (
         register(pair.moving, pair.fixed, method, progress=False, **options)
-        for method in (Rigid(mind, initialise="none"), FAST)
+        for method in (Rigid(mind, initialise="none"), FAR)
     )
-    assert float(error(pair, near.affine, matrix)) > 2
+    assert float(error(pair, near.affine, matrix)) > 10
     assert float(error(pair, far.affine, matrix)) < 0.5
     assert not far.field.any()
     [sure] = far.history[0]["search"]["confidence"]
     [unsure] = confidence(mind, pair, near.affine, near.field).tolist()
-    assert sure > 3 > unsure
+    assert sure > 1.3 * unsure
     assert any(note.startswith("confidence") for note in far.settings["notes"])
 
 
