@@ -41,7 +41,7 @@ import benchmark_classical
 import peers
 import torch
 from benchmark_classical import SPLITS, Workers, measure_all
-from benchmark_record import DRAWS, UNREGISTERED, Key, Record, Row, interval, key
+from benchmark_record import DRAWS, UNREGISTERED, Record, Row, interval, key
 from provenance import ROOT, provenance
 from torch import Tensor
 
@@ -111,6 +111,7 @@ PEERS = MEAN_SQUARES | {
 METHODS: dict[str, list[Any]] = {
     "search": [Search(), Rigid(mind, initialise="none")],
     "INR, as the paper": [PRESETS["paper"]],
+    "INR, without a search": [INR()],
     "INR, robust": [PRESETS["robust"]],
 }
 AS_THE_PAPER = "INR, as the paper"
@@ -120,8 +121,8 @@ FINEST = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 
 
 def granular(finest: float) -> INR:
-    """The network alone, without a search, with an image network of a granularity."""
-    plain = dataclasses.replace(PRESETS["robust"], search=None)
+    """The networks alone, without a search, with an image network of a granularity."""
+    plain = INR()
     return dataclasses.replace(plain, image=dataclasses.replace(plain.image, finest=finest))
 
 
@@ -302,9 +303,7 @@ def register_all(
                     return answer
 
                 chosen = {n: s for n, s in configurations.items() if applies(n, case)}
-                measure_all(
-                    record, [case], chosen, workers.files, run, load=load, measure=measure
-                )
+                measure_all(record, [case], chosen, workers.files, run, load=load, measure=measure)
 
     with ThreadPoolExecutor(jobs) as executor:
         futures = [executor.submit(work, place) for place in range(jobs)]
@@ -341,9 +340,7 @@ def summarise(rows: Sequence[Row], ours: Collection[str]) -> dict[str, Any]:
         },
         "harder": {
             modality: {
-                one: {
-                    other: compare(table[one], table[other]) for other in table if other != one
-                }
+                one: {other: compare(table[one], table[other]) for other in table if other != one}
                 for one in table
                 if one in ours
             }

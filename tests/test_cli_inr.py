@@ -62,7 +62,9 @@ def test_presets_and_transforms_go_together(planes, tmp_path, capsys):
     assert settings["similarity"] == settings["search"]["settings"]["similarity"] == "ncc"
     capsys.readouterr()
     assert register(planes, tmp_path / "x", *paper, "--transform", "deformable") != 0
-    assert "preset: wanted one of deformable, got paper" in " ".join(capsys.readouterr().err.split())
+    assert "preset: wanted one of deformable, got paper" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert register(planes, tmp_path / "x", "--transform", "affine") != 0
     assert "--transform" in capsys.readouterr().err
 

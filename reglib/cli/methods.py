@@ -320,9 +320,7 @@ def plan(wish: Wish, device: torch.device) -> Plan:
     """
     name, kind = wish.method, METHODS[wish.method]
     if wish.transform not in (None, kind.finds, *kind.also):
-        others = ", ".join(
-            n for n, k in METHODS.items() if wish.transform in (k.finds, *k.also)
-        )
+        others = ", ".join(n for n, k in METHODS.items() if wish.transform in (k.finds, *k.also))
         raise typer.BadParameter(
             f"wanted {kind.finds}, which is what the method {name} finds, got {wish.transform}"
             f" (found by {others})",

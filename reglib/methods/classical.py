@@ -78,6 +78,7 @@ class Level(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the fixed image."""
         return tuple(self.fixed.shape[2:])
 
     @property

@@ -55,9 +55,10 @@ from reglib.geometry.fields import compose
 from reglib.geometry.grid import identity_grid, no_autocast
 from reglib.geometry.procrustes import fit_rigid
 from reglib.geometry.sampling import transform_grid, warp_points
+from reglib.methods.classical import Similarity
 from reglib.methods.hash_grid import HashGrid, window
 from reglib.methods.pair import Iterate, Pair
-from reglib.methods.search import Search, Similarity, comparison, confidence, confidence_note
+from reglib.methods.search import Search, comparison, confidence, confidence_note
 from reglib.objectives.mind import mind
 
 #: Points at which the motion network is read at once, and to which a rigid transform is fitted.
@@ -334,9 +335,7 @@ class INR:
                 f"rigid: the transform closest to the motion, which was {text} mm away from it "
                 "(root mean square)"
             )
-        yield Iterate(
-            "choice", terms, active, lambda: (chosen.affine, chosen.field), tuple(notes)
-        )
+        yield Iterate("choice", terms, active, lambda: (chosen.affine, chosen.field), tuple(notes))
 
 
 #: ``"paper"``: as the authors' earlier code of the same design has it, with the smaller of its two
@@ -352,7 +351,7 @@ PRESETS = {
         coordinates=None,
         bound=None,
     ),
-    "robust": INR(steps=300, bound=0.1, search=Search()),
+    "robust": INR(steps=200, bound=0.1, search=Search()),
     "deformable": INR(
         rigid=False,
         motion=CoordinateSettings(0, 0.05, width=32, lr=1e-3),
