@@ -167,6 +167,7 @@ def sitk_affine(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
         minStep=settings["minimum_step"],
         numberOfIterations=settings["iterations"],
         relaxationFactor=settings["relaxation"],
+        gradientMagnitudeTolerance=settings.get("gradient_tolerance", 1e-4),
     )
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetShrinkFactorsPerLevel(settings["shrink"])
