@@ -73,7 +73,7 @@ AFFINE = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
 
 # --- Configurations -------------------------------------------------------------------------
 
-#: SimpleITK: from the middle, all pixels; levels and smoothing chosen on the tuning patches, for each
+#: SimpleITK: from the middle, all pixels; levels and smoothing chosen on the tuning patches, by
 #: metric. Of intensities up to 1, mean squares have gradients below the tolerance it comes with.
 SITK: dict[str, Any] = {
     "rigid": True,
