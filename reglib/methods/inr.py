@@ -338,10 +338,10 @@ class INR:
         yield Iterate("choice", terms, active, lambda: (chosen.affine, chosen.field), tuple(notes))
 
 
-#: ``"paper"``: as the authors' earlier code of the same design has it, with the smaller of its two
-#: numbers of steps; but the last layer of the motion network begins at 0, and features on both
-#: sides of 0. ``"robust"``: begins where a search ends, and keeps what is better. ``"deformable"``:
-#: one cell of motion for about twenty voxels.
+#: ``"paper"``: as the authors' earlier code of the same design has it, with a thousand of its 500
+#: to 5,000 steps; but the last layer of the motion network begins at 0, and features on both sides
+#: of 0. ``"robust"``: begins where a search ends, and keeps what is better. ``"deformable"``: one
+#: cell of motion for about twenty voxels.
 PRESETS = {
     "paper": INR(
         image=CoordinateSettings(width=128, margin=0.5, lr=5e-3),
