@@ -212,6 +212,16 @@ def test_collisions_are_counted(dimensions: int) -> None:
     assert wanted[-1] > 0
 
 
+@both_dimensions
+@pytest.mark.parametrize("table", [64, 2**16])
+def test_points_may_be_a_view_of_a_grid(dimensions: int, table: int) -> None:
+    """Hashed or dense, the order in which coordinates lie in memory does not matter."""
+    encoding, x = grid(dimensions, table=table), points(dimensions, batch=2)
+    view = x.mT.contiguous().mT
+    assert not view.is_contiguous()
+    assert torch.equal(encoding(view), encoding(x))
+
+
 def test_hashing_spreads_vertices_over_the_table() -> None:
     """As many vertices as entries thrown at random leave a share of 1/e = 0.368 of them empty.
 

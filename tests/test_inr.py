@@ -435,7 +435,7 @@ def test_it_stops_when_told_to_and_reports() -> None:
 def test_presets_are_methods() -> None:
     """The paper's has none of what makes the other robust."""
     paper, robust = PRESETS["paper"], PRESETS["robust"]
-    assert (paper.search, paper.bound, paper.coordinates, paper.wait) == (None, None, None, 0)
+    assert (paper.search, paper.bound, paper.wait) == (None, None, 0)
     assert paper.motion.coarse_to_fine == paper.image.coarse_to_fine > 0
     assert robust.search is not None
     assert robust.bound is not None

@@ -227,7 +227,8 @@ def _hashed_level(values: Tensor, points: Tensor, cells: Sequence[int]) -> Tenso
     steps = torch.cartesian_prod(*[torch.arange(2, device=points.device)] * d)
     entries = _hash(corner.long().unsqueeze(2) + steps, values.shape[2])
     share = torch.where(steps == 1, part, 1 - part).prod(3)
-    index = entries.view(b, 1, -1).expand(b, values.shape[1], -1)
+    # Points may be a view of a grid whose axes come first.
+    index = entries.reshape(b, 1, -1).expand(b, values.shape[1], -1)
     around = values.gather(2, index).view(b, -1, n, 2**d)
     return (around * share.unsqueeze(1)).sum(3)
 
