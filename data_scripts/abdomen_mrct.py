@@ -35,6 +35,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import benchmark_classical
 import peers
 import torch
 import volumes
@@ -55,6 +56,8 @@ RESULTS = ROOT / "results" / "abdomen_mrct.json"
 FIXED, MOVING = "0000", "0001"
 #: In the order of their labels, from 1.
 STRUCTURES = ("liver", "spleen", "right kidney", "left kidney")
+#: Seconds that a pair may take.
+CAP = 3600.0
 #: Hounsfield units that become 0 and 1.
 WINDOW = (-200.0, 300.0)
 NAME = re.compile(r"AbdomenMRCT_(\d{4})_(0000|0001)\.nii\.gz")
@@ -64,6 +67,7 @@ PROTOCOL = volumes.PROTOCOL | {
     "intensities": f"MR 0 to its 99th percentile, CT {WINDOW} HU; what masks leave out is 0.",
     "weighted_dice": "weights: voxels of each label in the fixed map.",
     "hd95": "mm, mean over the structures that both maps have; Learn2Reg's definition.",
+    "cap_seconds": CAP,
 }
 
 
@@ -246,6 +250,7 @@ def main(words: Sequence[str] | None = None) -> None:
         unknown = {*(options.only or []), *options.again} - set(CONFIGURATIONS)
         if unknown:
             raise SystemExit(f"no such configuration: {sorted(unknown)}")
+        benchmark_classical.CAP = CAP
         record = Record(WORK / "rows.json", "test", RESULTS)
         record.forget(options.again)
         register_all(

@@ -203,6 +203,7 @@ def test_prepare_run_and_results(folder, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(script, "provenance", lambda: {"uncommitted_changes": False})
     monkeypatch.setattr(benchmark, "make_environment", lambda: Path(sys.executable))
+    monkeypatch.setattr(benchmark, "CAP", benchmark.CAP)  # the script sets its own
     monkeypatch.setattr(volumes, "versions", lambda python: {"torch": "2"})
 
     class Fake:

@@ -20,6 +20,10 @@ from reglib.data.nifti import Image, read_field, voxel_to_world, write_field, wr
 from reglib.geometry.sampling import warp
 from reglib.methods.classical import Affine, Rigid
 from reglib.methods.inr import INR, CoordinateSettings
+from reglib.methods.pair import Iterate
+from reglib.objectives.mind import mind_features
+from reglib.objectives.similarity import mse, mutual_information
+from reglib.registration import register
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "data_scripts"
@@ -262,6 +266,45 @@ def test_settings_survive_json_and_lead_back_to_their_methods() -> None:
     assert networks.modality == "multi"
     assert not networks.rigid
     assert networks.coordinates < 80 * 96 * 80
+
+
+def test_networks_on_descriptors_undo_what_the_affine_map_leaves(pair) -> None:
+    """By a fifth in 200 steps; of one modality, whose contrasts are two."""
+    small = INR(
+        rigid=False,
+        image=CoordinateSettings(levels=4, width=32),
+        motion=CoordinateSettings(0, 0.1, levels=4, width=16, lr=2e-3),
+        steps=200,
+        coordinates=2_048,
+        similarity=mse,
+    )
+
+    def error(methods: list) -> float:
+        found = register(pair.moving, pair.fixed, methods, progress=False)
+        return volumes.measure(pair, found.whole_field())["error"]
+
+    affine = Affine(mutual_information)
+    assert error([affine, volumes.Described(small)]) < 0.8 * error([affine])
+
+
+def test_descriptors_stand_in_for_the_images_alone(pair) -> None:
+    seen = []
+
+    def method(given):
+        seen.append(given)
+        active = torch.ones(1, dtype=torch.bool)
+        yield Iterate("look", {}, active, lambda: (given.affine, given.field))
+
+    described = volumes.Described(method)
+    found = register(
+        pair.moving, pair.fixed, described, progress=False, fixed_mask=pair.inside.float()
+    )
+    [given] = seen
+    assert torch.equal(given.moving, mind_features(pair.moving.tensor))
+    assert torch.equal(given.fixed, mind_features(pair.fixed.tensor))
+    assert given.fixed.shape[1] == 12
+    assert torch.equal(given.fixed_mask, pair.inside.float())
+    assert found.warped.shape == pair.fixed.tensor.shape  # the images again
 
 
 @pytest.fixture
