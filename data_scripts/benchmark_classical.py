@@ -297,18 +297,24 @@ class Worker:
 class Workers:
     """A worker for each package, started when it is first needed and again after its end.
 
-    Ours is served by ``script``, when it is called with ``--serve``; all write to ``logs``.
+    Ours is served by ``script``, when it is called with ``--serve``; all write to ``logs``. Each
+    warms up with ``example``, moving and fixed; ``None`` is :func:`artificial_pair`.
     """
 
     def __init__(
-        self, peers_python: Path, folder: Path, script: str = __file__, logs: Path = WORK
+        self,
+        peers_python: Path,
+        folder: Path,
+        script: str = __file__,
+        logs: Path = WORK,
+        example: tuple[Image, Image] | None = None,
     ) -> None:
         self.python, self.script, self.logs = peers_python, script, logs
         self.running: dict[str, Worker] = {}
         names = {"moving": "moving.nii", "fixed": "fixed.nii", "field": "field.nii.gz"}
         self.files = {part: folder / name for part, name in names.items()}
         self.warm_files = {part: folder / f"warm_{name}" for part, name in names.items()}
-        for name, image in zip(("moving", "fixed"), artificial_pair(), strict=True):
+        for name, image in zip(("moving", "fixed"), example or artificial_pair(), strict=True):
             write_image(self.warm_files[name], image)
 
     def worker(self, package: str) -> Worker:
@@ -430,7 +436,8 @@ def measure_all(
             row |= {"load": round(os.getloadavg()[0], 2)}
             row |= {"seconds": 0.0, "cpu_seconds": 0.0, "timed_out": False, "failed": None}
             if name == UNREGISTERED:
-                row |= measure(pair, torch.zeros(1, 3, *pair.fixed.tensor.shape[2:]))
+                shape = pair.fixed.tensor.shape[2:]
+                row |= measure(pair, torch.zeros(1, len(shape), *shape))
             else:
                 files["field"].unlink(missing_ok=True)
                 answer = run(name, configurations[name])

@@ -116,24 +116,24 @@ class PlainHourglass(nn.Module):
 
 
 def copy_weights(plain: PlainHourglass, network: dip.Hourglass, copy: int) -> None:
-    def both(block: nn.Sequential, own: nn.Module) -> None:
-        block[0].weight.copy_(own.conv.weight[copy])
-        norms(block[1], own.norm)
-
     def norms(norm: nn.Module, own: nn.Module) -> None:
         norm.weight.copy_(own.factor[copy])
         norm.bias.copy_(own.offset[copy])
 
-    scale = plain.top
-    for own in network.scales:
-        for name in ("shrink", "look", "skip", "join", "mix"):
-            if name in scale:
-                both(scale[name], getattr(own, name))
-        norms(scale["norm"], own.norm)
-        if "deeper" in scale:
-            scale = scale["deeper"]
+    scale, own = plain.top, network.inner
+    while True:
+        blocks = {"shrink": own.down[0], "look": own.down[1], "skip": own.skip}
+        blocks |= {"join": own.up[1], "mix": own.up[2]}
+        for name, block in blocks.items():
+            if block is not None:
+                scale[name][0].weight.copy_(block[0].weight[copy])
+                norms(scale[name][1], block[1])
+        norms(scale["norm"], own.up[0])
+        if "deeper" not in scale:
+            break
+        scale, own = scale["deeper"], own.deeper
     plain.head.weight.copy_(network.head.weight[copy])
-    plain.head.bias.copy_(network.offset[copy])
+    plain.head.bias.copy_(network.offset[copy].flatten())
 
 
 @both_dimensions
@@ -177,7 +177,7 @@ def test_the_papers_network_has_the_parameters_of_the_deep_image_prior():
 def test_an_axis_keeps_four_nodes(size, expected):
     """The most halvings, of five, after which ceil(size / 2^h) is at least 4."""
     counts = [h for h in range(6) if np.ceil(size / 2**h) >= 4]
-    assert dip.halvings(size, 5) == expected == max(counts, default=0)
+    assert dip._halvings(size, 5) == expected == max(counts, default=0)
 
 
 @pytest.mark.parametrize(
@@ -211,20 +211,8 @@ def test_copies_begin_alike_and_the_spread_of_their_weights_is_as_asked():
     for parameter in network.parameters():
         assert torch.equal(parameter[0], parameter[1])
     # 9216 normal numbers: their standard deviation is known to 0.7 %.
-    assert float(network.scales[0].look.conv.weight[0].std()) == pytest.approx(0.07, rel=0.03)
-    he = dip.Hourglass(replace(settings, std=None), (32, 32), 2)
-    weight = he.scales[0].look.conv.weight
-    assert float(weight.std()) == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.03)
-
-
-def test_without_normalisation_there_is_a_factor_and_an_offset():
-    x = torch.randn(2, 3, 4, 5)
-    norm = dip._Norm(3, 2, "none")
-    assert torch.equal(norm(x), x)
-    with torch.no_grad():
-        norm.factor[1, 2], norm.offset[1, 2] = 3.0, -1.0
-    torch.testing.assert_close(norm(x)[1, 2], 3 * x[1, 2] - 1)
-    assert torch.equal(norm(x)[0], x[0])
+    weight = network.inner.down[1][0].weight[0]
+    assert float(weight.std()) == pytest.approx(0.07, rel=0.03)
 
 
 # --- The start --------------------------------------------------------------------------------
@@ -297,16 +285,16 @@ def test_a_velocity_is_integrated_before_it_is_interpolated():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_the_network_is_given(mode):
-    method = dip.DIP(network=TINY, input_mode=mode, noise=0.3, pool=1)
+    method = dip.DIP(network=TINY, input_mode=mode, pool=1)
     prior = dip.Prior(method, (64, 64), 2, torch.Generator().manual_seed(0))
     given: list[Tensor] = []
     prior.network.register_forward_hook(lambda *a: given.append(a[1][0]))
     for _ in range(3):
         prior()
-    spread = {"fixed": 0.0, "fixed+noise": 0.3 * 2**0.5, "resample": 2**0.5}[mode]
+    spread = {"fixed": 0.0, "fixed+noise": dip.ADDED, "resample": dip.NOISE}[mode]
     for a, b in itertools.combinations(given, 2):
         # 16384 normal numbers: their standard deviation is known to 0.6 %.
-        assert float((a - b).std()) == pytest.approx(dip.NOISE * spread, rel=0.03)
+        assert float((a - b).std()) == pytest.approx(2**0.5 * spread, rel=0.03)
         assert a.shape == (1, 4, 64, 64)  # the same for all pairs
 
 
@@ -695,7 +683,6 @@ def test_the_presets_are_methods():
     [
         ({"network": TINY.channels}, TypeError, "network: wanted Settings, got tuple"),
         ({"input_mode": "white"}, ValueError, "input_mode: wanted one of 'fixed'"),
-        ({"noise": -1}, ValueError, "noise"),
         ({"scale": 0}, ValueError, "scale: wanted a positive number"),
         ({"scale": float("inf")}, ValueError, "scale"),
         ({"pool": 0}, ValueError, "pool"),
@@ -729,8 +716,7 @@ def test_bad_settings_are_named(settings, kind, words):
         ({"channels": (16, 16)}, ValueError, "skips: wanted 2, one for each scale"),
         ({"skips": (4, 4, -1, 4, 4)}, ValueError, "skips"),
         ({"inputs": 0}, ValueError, "inputs"),
-        ({"norm": "layer"}, ValueError, "norm"),
-        ({"std": 0}, ValueError, "std: wanted a positive number or None"),
+        ({"std": 0}, ValueError, "std: wanted a positive number"),
     ],
 )
 def test_bad_networks_are_named(settings, kind, words):

@@ -32,6 +32,7 @@ class Name(StrEnum):
     BSPLINE = "bspline"
     GEOREG = "georeg"
     FCN = "fcn"
+    DIP = "dip"
 
 
 class Transform(StrEnum):
@@ -190,6 +191,20 @@ def _load_fcn(path: str | None) -> _Loaded:
     return _Loaded(network, network.settings.dimensions)
 
 
+def _dip(settings: dict[str, Any], _: nn.Module | None) -> Method:
+    """A preset, and what differs from it."""
+    import torch
+
+    from reglib.methods.dip import DIP, PRESETS
+
+    preset = settings.pop("preset", "fast")
+    if preset not in PRESETS:
+        raise ValueError(f"preset: wanted one of {', '.join(PRESETS)}, got {preset}")
+    own = {f.name: getattr(PRESETS[preset], f.name) for f in dataclasses.fields(DIP)}
+    own["seed"] = torch.initial_seed()  # what is planned is planned under the seed of the request
+    return _made(DIP, own | settings)
+
+
 def fcn_loss_words(composed: bool) -> dict[str, Any]:
     """The loss that an FCN is trained with unless told otherwise, as JSON values.
 
@@ -241,7 +256,7 @@ def _made(method: type[T], settings: dict[str, Any]) -> T:
     unknown = [name for name in settings if name not in known]
     if unknown:
         # Functions cannot be typed in.
-        words = [name for name in known if name not in ("similarity", "regularity")]
+        words = [name for name in known if name not in ("similarity", "regularity", "network")]
         raise ValueError(f"wanted settings out of {', '.join(words)}, got {', '.join(unknown)}")
     values = {name: _value(x, known[name]) for name, x in settings.items()}
     return method(**values)
@@ -267,6 +282,7 @@ METHODS: dict[Name, _Kind] = {
     Name.BSPLINE: _Kind(_bspline, Transform.DEFORMABLE, Start.AFFINE),
     Name.GEOREG: _Kind(_georeg, Transform.DEFORMABLE, compares=False, load=_load_georeg),
     Name.FCN: _Kind(_fcn, Transform.DEFORMABLE, load=_load_fcn),
+    Name.DIP: _Kind(_dip, Transform.DEFORMABLE, Start.AFFINE),
 }
 
 

@@ -30,8 +30,9 @@ or chosen here.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -40,7 +41,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reglib.checks import check_choice, check_numbers, check_positive_int, check_shape
-from reglib.geometry.affine import whole_field
 from reglib.geometry.fields import compose, integrate, upsample_field
 from reglib.geometry.grid import no_autocast
 from reglib.geometry.sampling import warp
@@ -58,6 +58,9 @@ START = 0.25
 #: Standard deviation of the noise that the network is given.
 NOISE = 0.1
 
+#: Standard deviation of what ``"fixed+noise"`` adds to it in every step.
+ADDED = 0.03
+
 #: Steps between two looks at the averaged field.
 LOOK = 10
 
@@ -71,11 +74,14 @@ _CONV = {2: F.conv2d, 3: F.conv3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
-def _check_number(value: float, name: str, least: float, most: float = math.inf) -> float:
+def _check_number(
+    value: float, name: str, *, positive: bool = False, most: float = math.inf
+) -> None:
     [number] = check_numbers([value], name)
-    if not least <= number <= most or number == math.inf:
-        raise ValueError(f"{name}: wanted a number from {least:g} to {most:g}, got {value!r}")
-    return number
+    if not 0 <= number <= most or number == math.inf or (positive and number == 0):
+        least = "a positive number" if positive else "a number of at least 0"
+        below = "" if most == math.inf else f" and at most {most:g}"
+        raise ValueError(f"{name}: wanted {least}{below}, got {value!r}")
 
 
 # --- The network ------------------------------------------------------------------------------
@@ -89,9 +95,8 @@ class Settings:
         channels: of each scale, finest first; each is half as large as the one before.
         skips: channels that are led past what is coarser, one for each scale; 0 for none.
         inputs: channels of the noise.
-        norm: ``"instance"``, or ``"none"``, which leaves a factor and an offset per channel.
-        std: standard deviation of the weights at first; ``None`` is that of He et al.,
-            ``sqrt(2 / inputs of the convolution)``.
+        std: standard deviation of the weights at first. As every feature map is normalised, it
+            says how much a step of the optimisation changes: the larger, the less.
 
     Raises:
         TypeError, ValueError: if the settings do not fit together.
@@ -100,8 +105,7 @@ class Settings:
     channels: Sequence[int] = (16, 32, 32, 32, 32)
     skips: Sequence[int] = (4, 4, 4, 4, 4)
     inputs: int = 16
-    norm: str = "instance"
-    std: float | None = 0.1
+    std: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("channels", "skips"):
@@ -117,16 +121,14 @@ class Settings:
                 f"skips: wanted {len(self.channels)}, one for each scale, got {self.skips}"
             )
         check_positive_int(self.inputs, "inputs")
-        check_choice(self.norm, "norm", ("instance", "none"))
-        if self.std is not None and _check_number(self.std, "std", 0) == 0:
-            raise ValueError("std: wanted a positive number or None, got 0")
+        _check_number(self.std, "std", positive=True)
 
 
 #: As in the deep image prior; the paper's ``N(0, 0.01)`` is read as a variance.
-PAPER = Settings(channels=(128,) * 5, skips=(4,) * 5, inputs=32, std=0.1)
+PAPER = Settings(channels=(128,) * 5, inputs=32)
 
 
-def halvings(size: int, scales: int) -> int:
+def _halvings(size: int, scales: int) -> int:
     """How often an axis of ``size`` nodes is halved: at most ``scales`` times, to 4 nodes or more.
 
     It is padded to a multiple of 2 to that power.
@@ -144,36 +146,23 @@ class _Convolution(nn.Module):
     of batch 1, is convolved once, with the weights of all.
     """
 
-    def __init__(
-        self,
-        dimensions: int,
-        inputs: int,
-        outputs: int,
-        kernel: int,
-        copies: int,
-        std: float | None,
-        generator: torch.Generator | None,
-    ) -> None:
+    def __init__(self, weight: Tensor, stride: Sequence[int]) -> None:
         super().__init__()
-        shape = (outputs, inputs, *(kernel,) * dimensions)
-        if std is None:
-            std = math.sqrt(2 / math.prod(shape[1:]))
-        weight = std * torch.randn(shape, generator=generator)
-        self.weight = nn.Parameter(weight.repeat(copies, *(1,) * len(shape)).view(copies, *shape))
+        #: ``(copies, outputs, inputs, *kernel)``
+        self.weight = nn.Parameter(weight)
+        self.stride, self.margin = tuple(stride), weight.shape[-1] // 2
 
-    def forward(self, x: Tensor, stride: Sequence[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``(copies, inputs, *S)``, or one for all, to ``(copies, outputs, *T)``."""
         copies, outputs = self.weight.shape[:2]
-        d = x.ndim - 2
-        margin = self.weight.shape[-1] // 2
-        groups = len(x)
-        if margin:
-            x = F.pad(x, (margin,) * (2 * d), mode="reflect")
+        d = len(self.stride)
+        if self.margin:
+            x = F.pad(x, (self.margin,) * (2 * d), mode="reflect")
         out: Tensor = _CONV[d](
             x.reshape(1, -1, *x.shape[2:]),
             self.weight.flatten(0, 1),
-            stride=tuple(stride or (1,) * d),
-            groups=groups,
+            stride=self.stride,
+            groups=len(x),
         )
         return out.view(copies, outputs, *out.shape[2:])
 
@@ -181,18 +170,13 @@ class _Convolution(nn.Module):
 class _Norm(nn.Module):
     """Each feature map by its own mean and variance, then a factor and an offset of each."""
 
-    def __init__(self, channels: int, copies: int, norm: str) -> None:
+    def __init__(self, channels: int, copies: int) -> None:
         super().__init__()
-        self.norm = norm
         self.factor = nn.Parameter(torch.ones(copies, channels))
         self.offset = nn.Parameter(torch.zeros(copies, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(copies, channels, *S)``."""
-        if self.norm == "none":
-            view = (*x.shape[:2], *(1,) * (x.ndim - 2))
-            return x * self.factor.view(view) + self.offset.view(view)
-        # BatchNorm of a batch of one that has the channels of all copies.
+        """``(copies, channels, *S)``: BatchNorm of one sample that has the channels of all."""
         out = F.batch_norm(
             x.reshape(1, -1, *x.shape[2:]),
             None,
@@ -204,35 +188,22 @@ class _Norm(nn.Module):
         return out.view(x.shape)
 
 
-class _Block(nn.Module):
-    """A convolution, a normalisation and a leaky ReLU."""
-
-    def __init__(self, conv: _Convolution, norm: _Norm) -> None:
-        super().__init__()
-        self.conv, self.norm = conv, norm
-
-    def forward(self, x: Tensor, stride: Sequence[int] | None = None) -> Tensor:
-        """``(copies, inputs, *S)`` to ``(copies, outputs, *T)``."""
-        return F.leaky_relu(self.norm(self.conv(x, stride)), 0.2)
-
-
 class _Scale(nn.Module):
-    """What happens at one scale, before and after all that is coarser."""
+    """One scale: down, whatever is coarser, up again, and joined with what was led past."""
 
     def __init__(
-        self,
-        block: Callable[[int, int, int], _Block],
-        norm: Callable[[int], _Norm],
-        inputs: int,
-        channels: int,
-        skip: int,
-        coarser: int,
+        self, down: nn.Module, deeper: nn.Module, skip: nn.Module | None, up: nn.Module
     ) -> None:
         super().__init__()
-        self.skip = block(inputs, skip, 1) if skip else None
-        self.shrink, self.look = block(inputs, channels, 3), block(channels, channels, 3)
-        self.norm = norm(skip + coarser)
-        self.join, self.mix = block(skip + coarser, channels, 3), block(channels, channels, 1)
+        self.down, self.deeper, self.skip, self.up = down, deeper, skip, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(copies, inputs, *S)`` to ``(copies, channels, *S)``."""
+        size = tuple(x.shape[2:])
+        deep = self.deeper(self.down(x))
+        deep = F.interpolate(deep, size=size, mode=_LINEAR[len(size)], align_corners=False)
+        joined: Tensor = self.up(deep if self.skip is None else torch.cat([self.skip(x), deep], 1))
+        return joined
 
 
 class Hourglass(nn.Module):
@@ -266,36 +237,49 @@ class Hourglass(nn.Module):
         check_positive_int(outputs, "outputs")
         check_positive_int(copies, "copies")
         self.settings, self.shape = settings, tuple(int(n) for n in shape)
-        scales, d = len(settings.channels), len(self.shape)
-        self.halvings = tuple(halvings(n, scales) for n in self.shape)
+        d = len(self.shape)
+        self.halvings = tuple(_halvings(n, len(settings.channels)) for n in self.shape)
         #: Spatial shape of the noise. Two nodes are the fewest that can be reflected.
         self.padded = tuple(
             max(-(-n // 2**h) * 2**h, 2) for n, h in zip(self.shape, self.halvings, strict=True)
         )
-        scales = max(*self.halvings, 1)
 
-        def convolution(inputs: int, outputs: int, kernel: int) -> _Convolution:
-            return _Convolution(d, inputs, outputs, kernel, copies, settings.std, generator)
+        def convolution(
+            inputs: int, outputs: int, kernel: int, stride: Sequence[int]
+        ) -> _Convolution:
+            shape = (outputs, inputs, *(kernel,) * d)
+            weight = settings.std * torch.randn(shape, generator=generator)
+            return _Convolution(weight.expand(copies, *shape).clone(), stride)
 
-        def norm(channels: int) -> _Norm:
-            return _Norm(channels, copies, settings.norm)
+        def block(
+            inputs: int, outputs: int, kernel: int, stride: Sequence[int] = (1,) * d
+        ) -> nn.Sequential:
+            conv = convolution(inputs, outputs, kernel, stride)
+            return nn.Sequential(conv, _Norm(outputs, copies), nn.LeakyReLU(0.2))
 
-        def block(inputs: int, outputs: int, kernel: int) -> _Block:
-            return _Block(convolution(inputs, outputs, kernel), norm(outputs))
-
-        widths = [*settings.channels[:scales], settings.channels[scales - 1]]
-        self.scales = nn.ModuleList(
-            _Scale(block, norm, inputs, channels, skip, coarser)
-            for inputs, channels, skip, coarser in zip(
-                (settings.inputs, *widths[:-2]),
-                widths[:-1],
-                settings.skips[:scales],
-                widths[1:],
-                strict=True,
+        used = settings.channels[: max(*self.halvings, 1)]
+        inner: nn.Module = nn.Identity()
+        coarser = used[-1]
+        for number, channels in reversed(list(enumerate(used))):
+            inputs = used[number - 1] if number else settings.inputs
+            skip = settings.skips[number]
+            stride = [2 if number < h else 1 for h in self.halvings]
+            inner = _Scale(
+                down=nn.Sequential(
+                    block(inputs, channels, 3, stride), block(channels, channels, 3)
+                ),
+                deeper=inner,
+                skip=block(inputs, skip, 1) if skip else None,
+                up=nn.Sequential(
+                    _Norm(skip + coarser, copies),
+                    block(skip + coarser, channels, 3),
+                    block(channels, channels, 1),
+                ),
             )
-        )
-        self.head = convolution(widths[0], outputs, 1)
-        self.offset = nn.Parameter(torch.zeros(copies, outputs))
+            coarser = channels
+        self.inner = inner
+        self.head = convolution(used[0], outputs, 1, (1,) * d)
+        self.offset = nn.Parameter(torch.zeros(copies, outputs, *(1,) * d))
 
     def forward(self, z: Tensor) -> Tensor:
         """Noise ``(copies, inputs, *padded)``, or one for all, to ``(copies, outputs, *S)``.
@@ -309,25 +293,12 @@ class Hourglass(nn.Module):
             raise ValueError(
                 f"z: wanted shape {(copies, *wanted)} or {(1, *wanted)}, got {tuple(z.shape)}"
             )
-        x = self._through(0, z)
+        x = self.inner(z)
         with no_autocast(x):
-            x = self.head(x.to(self.head.weight.dtype))
-            x = x + self.offset.view(*x.shape[:2], *(1,) * (x.ndim - 2))
+            x = self.head(x.to(self.offset.dtype)) + self.offset
         for axis, (n, padded) in enumerate(zip(self.shape, self.padded, strict=True), start=2):
             x = x.narrow(axis, (padded - n) // 2, n)
         return x
-
-    def _through(self, number: int, x: Tensor) -> Tensor:
-        """Down through the scales from ``number`` on, and up again to the size of ``x``."""
-        scale = self.scales[number]
-        assert isinstance(scale, _Scale)
-        deep = scale.look(scale.shrink(x, [2 if number < h else 1 for h in self.halvings]))
-        if number + 1 < len(self.scales):
-            deep = self._through(number + 1, deep)
-        size = tuple(x.shape[2:])
-        deep = F.interpolate(deep, size=size, mode=_LINEAR[len(size)], align_corners=False)
-        both = deep if scale.skip is None else torch.cat([scale.skip(x), deep], 1)
-        return scale.mix(scale.join(scale.norm(both)))
 
 
 # --- The method -------------------------------------------------------------------------------
@@ -355,7 +326,6 @@ class DIP:
             ``"fixed+noise"`` has fresh noise added in every step, ``"resample"`` is drawn anew in
             every step. In the last the network knows where it is by the borders alone, which is
             slow.
-        noise: standard deviation of the added noise, as a share of that of the input.
         scale: voxels of displacement where the network gives 1.
         pool: voxels of the fixed grid between two nodes of the network, between which the field is
             linear.
@@ -381,7 +351,6 @@ class DIP:
 
     network: Settings = field(default_factory=Settings)
     input_mode: str = "fixed"
-    noise: float = 0.3
     scale: float = 2.0
     pool: int = 4
     squarings: int = 5
@@ -401,10 +370,9 @@ class DIP:
             raise TypeError(f"network: wanted Settings, got {type(self.network).__name__}")
         check_choice(self.input_mode, "input_mode", ("fixed", "fixed+noise", "resample"))
         for name in ("scale", "lr"):
-            if _check_number(getattr(self, name), name, 0) == 0:
-                raise ValueError(f"{name}: wanted a positive number, got 0")
-        for name in ("noise", "regularity_weight", "tolerance"):
-            _check_number(getattr(self, name), name, 0)
+            _check_number(getattr(self, name), name, positive=True)
+        for name in ("regularity_weight", "tolerance"):
+            _check_number(getattr(self, name), name)
         for name in ("similarity", "regularity"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name}: wanted a function, got {getattr(self, name)!r}")
@@ -412,10 +380,11 @@ class DIP:
             check_positive_int(getattr(self, name), name)
         if self.squarings != 0:
             check_positive_int(self.squarings, "squarings")
-        if _check_number(self.averaging, "averaging", 0, 1) == 1:
+        _check_number(self.averaging, "averaging", most=1)
+        if self.averaging == 1:
             raise ValueError("averaging: wanted less than 1, got 1")
         if self.folding is not None:
-            _check_number(self.folding, "folding", 0, 1)
+            _check_number(self.folding, "folding", most=1)
         if self.patience is not None:
             check_positive_int(self.patience, "patience")
 
@@ -423,26 +392,21 @@ class DIP:
         """Optimise; yields after every step."""
         generator = torch.Generator().manual_seed(self.seed)
         prior = Prior(self, tuple(pair.fixed.shape[2:]), len(pair.fixed), generator).to(pair.fixed)
-        sight = _Sight(self, pair)
-        with torch.no_grad():
-            kept = _Kept(self, torch.zeros_like(pair.field), sight)
         optimiser = torch.optim.Adam(prior.parameters(), lr=self.lr)
+        scaled = _scaled(pair)
+        kept = _Kept(self, scaled)
         average = torch.zeros_like(pair.field)
         for step in range(1, self.steps + 1):
             u = prior()
-            terms, _ = sight.terms(u)
-            loss = torch.stack(list(terms.values())).sum(0)
-            if not bool(loss.detach().isfinite().all()):
-                raise FloatingPointError(f"loss: {loss.tolist()} at step {step - 1}")
+            terms, _ = _terms(self, scaled, u)
             optimiser.zero_grad()
-            torch.autograd.backward(loss.sum())
+            torch.autograd.backward(_total(terms, step - 1).sum())
             optimiser.step()
             average.lerp_(u.detach(), 1 - self.averaging)
             active = kept.active
             if step % LOOK == 0 or step == self.steps:
-                with torch.no_grad():
-                    # Weights of the average sum to 1 from the first step on.
-                    kept.look(average / (1 - self.averaging**step), step)
+                # Weights of the average sum to 1 from the first step on.
+                kept.look(average / (1 - self.averaging**step), step)
             yield Iterate(
                 stage="network prior",
                 terms={name: term.detach() for name, term in terms.items()},
@@ -496,7 +460,7 @@ class Prior(nn.Module):
         d, pool = len(self.shape), method.pool
         nodes = [-(-n // pool) for n in self.shape]
         self.network = Hourglass(method.network, nodes, d, copies=copies, generator=generator)
-        self.register_buffer("noise", self._draw())
+        self.register_buffer("noise", NOISE * self._draw())
         # Voxels of the nodes' own grid; along an axis of one voxel there is nowhere to go.
         reach = [method.scale / pool if n > 1 else 0.0 for n in self.shape]
         self.register_buffer("reach", torch.tensor(reach).view(1, d, *(1,) * d))
@@ -506,9 +470,9 @@ class Prior(nn.Module):
                 self.network.head.weight.mul_(START / longest)
 
     def _draw(self) -> Tensor:
-        """Noise for all copies, ``(1, inputs, *padded)``."""
+        """Normal numbers for all copies, ``(1, inputs, *padded)``."""
         shape = (1, self.method.network.inputs, *self.network.padded)
-        return NOISE * torch.randn(shape, generator=self.generator)
+        return torch.randn(shape, generator=self.generator)
 
     def _field(self, z: Tensor, squarings: int) -> Tensor:
         u = self.network(z) * self.reach
@@ -520,73 +484,40 @@ class Prior(nn.Module):
         """The next displacement, ``(copies, D, *S)`` in voxels."""
         z = self.noise
         if self.method.input_mode == "fixed+noise":
-            z = z + self.method.noise * self._draw().to(z)
+            z = z + ADDED * self._draw().to(z)
         elif self.method.input_mode == "resample":
-            z = self._draw().to(z)
+            z = NOISE * self._draw().to(z)
         return self._field(z, self.method.squarings)
-
-
-class _Sight:
-    """The images of a pair, and what is said of a displacement."""
-
-    def __init__(self, method: DIP, pair: Pair) -> None:
-        self.method, self.pair = method, pair
-        self.moving, self.fixed = _scaled(pair)
-        self.matrix = pair.affine.to(pair.field)
-        self.before = pair.field if bool(pair.field.any()) else None
-        self.spacing = tuple(pair.fixed_affine[:-1, :-1].norm(dim=0).tolist())
-        self.inside = pair.moving_mask
-        if self.inside is None:
-            self.inside = torch.ones_like(pair.moving[:, :1])
-
-    def terms(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Terms of the loss, ``(B,)`` each, and how much counts, ``(B,)``."""
-        pair, method = self.pair, self.method
-        whole = u if self.before is None else compose(self.before, u)
-        whole = whole_field(self.matrix, whole, pair.fixed_affine, pair.moving_affine)
-        warped = warp(self.moving, whole)
-        with torch.no_grad():
-            assert self.inside is not None
-            weight = warp(self.inside, whole, padding="zeros")
-            if pair.fixed_mask is not None:
-                weight = weight * pair.fixed_mask
-        terms = {
-            "similarity": method.similarity(warped, self.fixed, weight=weight, reduction="none")
-        }
-        if method.regularity_weight > 0:
-            rough = method.regularity(u, spacing=self.spacing, reduction="none")
-            terms["regularity"] = method.regularity_weight * rough
-        return terms, weight.flatten(1).sum(1)
 
 
 class _Kept:
     """The best displacement so far of every pair, and which pairs still look for a better one."""
 
-    def __init__(self, method: DIP, still: Tensor, sight: _Sight) -> None:
-        self.method, self.sight = method, sight
-        self.field = still
-        terms, self.covered = sight.terms(still)
-        self.loss = torch.stack(list(terms.values())).sum(0)
-        if not bool(self.loss.isfinite().all()):
-            raise FloatingPointError(f"loss: {self.loss.tolist()} without a displacement")
-        self.first = self.loss.abs().clamp(min=1e-6)
+    @torch.no_grad()
+    def __init__(self, method: DIP, pair: Pair) -> None:
+        self.method, self.pair = method, pair
+        self.field = torch.zeros_like(pair.field)
+        terms, self.covered = _terms(method, pair, self.field)
+        self.loss = _total(terms, 0)
         # What is kept is compared with what it was when it last fell visibly.
+        self.visible = method.tolerance * self.loss.abs().clamp(min=1e-6)
         self.reference, self.since = self.loss, torch.zeros_like(self.loss)
-        self.active = torch.ones(len(still), dtype=torch.bool, device=still.device)
+        self.active = torch.ones_like(self.loss, dtype=torch.bool)
         self.steps = torch.zeros_like(self.loss)
         self.notes: tuple[str, ...] = ()
 
+    @torch.no_grad()
     def look(self, u: Tensor, step: int) -> None:
         """Keep a displacement where it is better, and stop the pairs that wait in vain."""
-        terms, covered = self.sight.terms(u)
-        loss = torch.stack(list(terms.values())).sum(0)
+        terms, covered = _terms(self.method, self.pair, u)
+        loss = _total(terms, step)
         better = (loss < self.loss) & self.active & (covered >= COVERED * self.covered)
         if self.method.folding is not None:
             better &= folding(u) <= self.method.folding
         self.loss = torch.where(better, loss, self.loss)
         self.field = torch.where(better.view(-1, *(1,) * (u.ndim - 1)), u, self.field)
         self.steps = self.steps.masked_fill(better, step)
-        fell = self.loss < self.reference - self.method.tolerance * self.first
+        fell = self.loss < self.reference - self.visible
         self.reference = torch.where(fell, self.loss, self.reference)
         self.since = self.since.masked_fill(fell, step)
         if self.method.patience is not None:
@@ -595,28 +526,56 @@ class _Kept:
         self.notes = (f"kept the average of the fields up to step {kept} of {step}",)
 
 
+def _terms(method: DIP, pair: Pair, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Terms of the loss of a displacement, ``(B,)`` each, and how much counts, ``(B,)``."""
+    whole = dataclasses.replace(pair, field=_after(pair, u)).whole_field()
+    mask = torch.ones_like(pair.moving[:, :1]) if pair.moving_mask is None else pair.moving_mask
+    with torch.no_grad():
+        weight = warp(mask, whole, padding="zeros")
+        if pair.fixed_mask is not None:
+            weight = weight * pair.fixed_mask
+    warped = warp(pair.moving, whole)
+    terms = {"similarity": method.similarity(warped, pair.fixed, weight=weight, reduction="none")}
+    if method.regularity_weight > 0:
+        spacing = pair.fixed_affine[:-1, :-1].norm(dim=0).tolist()
+        rough = method.regularity(u, spacing=spacing, reduction="none")
+        terms["regularity"] = method.regularity_weight * rough
+    return terms, weight.flatten(1).sum(1)
+
+
+def _total(terms: Mapping[str, Tensor], step: int) -> Tensor:
+    """The loss ``(B,)``; raises ``FloatingPointError`` if it is not finite."""
+    loss = torch.stack(list(terms.values())).sum(0)
+    if not bool(loss.isfinite().all()):
+        raise FloatingPointError(f"loss: {loss.tolist()} at step {step}")
+    return loss
+
+
+def _after(pair: Pair, u: Tensor) -> Tensor:
+    """u on top of what was there before."""
+    return compose(pair.field, u) if bool(pair.field.any()) else u
+
+
 def _transform(pair: Pair, u: Tensor) -> tuple[Tensor, Tensor]:
-    """A as it was, and u after what was there before."""
-    return pair.affine, compose(pair.field, u) if bool(pair.field.any()) else u
+    return pair.affine, _after(pair, u)
 
 
-def _scaled(pair: Pair) -> tuple[Tensor, Tensor]:
+def _scaled(pair: Pair) -> Pair:
     """Every channel of both images between 0 and 1 by their common range, and 0 if it is constant.
 
     What a mask leaves out has no say, and is clamped.
     """
     lows, highs = [], []
     for image, mask in ((pair.moving, pair.moving_mask), (pair.fixed, pair.fixed_mask)):
-        least = largest = image.flatten(2)
-        if mask is not None:
-            absent = mask.flatten(2) <= 0
-            least, largest = (least.masked_fill(absent, x) for x in (math.inf, -math.inf))
-        lows.append(least.amin(2))
-        highs.append(largest.amax(2))
+        absent = torch.zeros_like(image[:, :1]) > 0 if mask is None else mask <= 0
+        lows.append(image.masked_fill(absent, math.inf).flatten(2).amin(2))
+        highs.append(image.masked_fill(absent, -math.inf).flatten(2).amax(2))
     low, high = torch.minimum(*lows), torch.maximum(*highs)
+    # Interpolating a constant gives roundings, which are no contrast.
     rounding = 8 * torch.finfo(low.dtype).eps * torch.maximum(low.abs(), high.abs())
-    flat = high - low <= rounding
+    extent = (high - low).masked_fill(high - low <= rounding, math.inf)
     view = (*low.shape, *(1,) * (pair.fixed.ndim - 2))
-    extent = (high - low).masked_fill(flat, math.inf).view(view)
-    moving, fixed = (((x - low.view(view)) / extent).clamp(0, 1) for x in (pair.moving, pair.fixed))
-    return moving, fixed
+    moving, fixed = (
+        ((x - low.view(view)) / extent.view(view)).clamp(0, 1) for x in (pair.moving, pair.fixed)
+    )
+    return dataclasses.replace(pair, moving=moving, fixed=fixed)
