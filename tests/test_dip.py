@@ -212,7 +212,7 @@ def test_copies_begin_alike_and_the_spread_of_their_weights_is_as_asked():
         assert torch.equal(parameter[0], parameter[1])
     # 9216 normal numbers: their standard deviation is known to 0.7 %.
     weight = network.inner.down[1][0].weight[0]
-    assert float(weight.std()) == pytest.approx(0.07, rel=0.03)
+    assert float(weight.detach().std()) == pytest.approx(0.07, rel=0.03)
 
 
 # --- The start --------------------------------------------------------------------------------
