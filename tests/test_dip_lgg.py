@@ -46,7 +46,7 @@ def blob(middle: tuple[float, float], radius: float) -> torch.Tensor:
 
 
 def pair_of(shift: float = 2.0) -> benchmark.Loaded:
-    """A brain and what lies in it in two channels, and the same further along the first axis."""
+    """A head and what lies in it in two channels, and the same further along the first axis."""
 
     def side(x: float) -> tuple[Image, torch.Tensor]:
         brain, spot = blob((20 + x, 22), 13), blob((17 + x, 20), 4)
@@ -173,7 +173,7 @@ def test_a_pair_is_placed_once_and_seen_in_the_channel_of_its_set(data):
     assert script.measure(t1, moved(2.0, 0.0))["mean_dice"] < 0.95
 
 
-def test_the_brain_is_the_largest_part_with_its_holes_filled():
+def test_the_head_is_the_largest_part_with_its_holes_filled():
     image = torch.zeros(1, 2, *SHAPE)
     image[0, 0, 8:30, 8:30] = 0.5
     image[0, 1, 25:34, 10:20] = 0.5
@@ -181,12 +181,12 @@ def test_the_brain_is_the_largest_part_with_its_holes_filled():
     image[0, :, 14:18, 14:18] = 0  # a hole
     image[0, 0, 2:6, 36:42] = 1.0  # something else
     image[0, 0, 0, 0] = 1.0
-    found = script.brain_mask(image).long()
+    found = script.head_mask(image).long()
     # The opening rounds corners off.
     assert float(script.dice(found, expected, labels=[1])) > 0.97
     assert found[0, 0, 15, 15] == 1
     assert not found[0, 0, :7, 35:].any()
-    assert not script.brain_mask(torch.zeros(1, 2, *SHAPE)).any()
+    assert not script.head_mask(torch.zeros(1, 2, *SHAPE)).any()
 
 
 # --- Measures -------------------------------------------------------------------------------

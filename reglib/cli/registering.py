@@ -178,8 +178,8 @@ def register(
         typer.Option(
             "--similarity",
             help="What the method optimises. Default: ncc for rigid and affine, lncc in windows of "
-            "5 voxels for the deformable ones, the mean absolute error for dip. mi and mind are for "
-            "images of different kinds; their start takes mi, that of the others ncc.",
+            "5 voxels for the deformable ones, the mean absolute error for dip. mi and mind are "
+            "for images of different kinds; their start takes mi, that of the others ncc.",
         ),
     ] = None,
     settings: Annotated[

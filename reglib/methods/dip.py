@@ -552,7 +552,7 @@ def _total(terms: Mapping[str, Tensor], step: int) -> Tensor:
 
 
 def _after(pair: Pair, u: Tensor) -> Tensor:
-    """u on top of what was there before."""
+    """U on top of what was there before."""
     return compose(pair.field, u) if bool(pair.field.any()) else u
 
 
