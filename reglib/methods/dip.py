@@ -52,7 +52,7 @@ from reglib.objectives.similarity import mae
 #: Of (warped, fixed), with ``weight`` and ``reduction="none"``: ``(B,)``, lower is better.
 Similarity = Callable[..., Tensor]
 
-#: Voxels: the longest first displacement along any axis.
+#: The longest first displacement along any axis, in voxels.
 START = 0.25
 
 #: Standard deviation of the noise that the network is given.
@@ -418,10 +418,10 @@ class DIP:
                 break
 
 
-#: ``"paper"``: everything at full resolution, the input drawn anew in every step, no regard to
+#: Under ``"paper"`` everything at full resolution, the input drawn anew in every step, no regard to
 #: folding. Learning rate, number of steps and scale, which the text does not give, are ours (the
 #: scale is a tenth of half the size of an image of 256 voxels), and the average is that of later
-#: code by the same author. ``"fast"``: the defaults, a velocity at a quarter of the resolution.
+#: code by the same author. Under ``"fast"`` the defaults, a velocity at a quarter of the resolution.
 PRESETS: dict[str, DIP] = {
     "paper": DIP(
         network=PAPER,

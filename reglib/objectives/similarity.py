@@ -272,7 +272,7 @@ def dssim(
         reduction: ``"mean"`` over the batch, or ``"none"`` for one value per sample.
 
     Returns:
-        A scalar, or ``(B,)``: 0 is best, 2 is worst.
+        A scalar, or ``(B,)``; 0 is best, 2 is worst.
 
     Raises:
         TypeError, ValueError: if the inputs are no images of one shape, ``weight`` does not fit,
