@@ -265,7 +265,6 @@ def test_ours_leaves_the_field_that_register_finds(files):
 
 def test_the_baseline_finds_the_artificial_shift(files):
     """1.5 voxels: away from the border, more than half of the difference is gone."""
-    pytest.importorskip("SimpleITK")
     settings = {"package": "SimpleITK", "displacement": script.ITK | {"iterations": 40}}
     paths = [str(files[part]) for part in ("moving", "fixed", "field")]
     peers.run_simpleitk(*paths, settings)
