@@ -421,7 +421,7 @@ class DIP:
 #: Under ``"paper"`` everything at full resolution, the input drawn anew in every step, no regard to
 #: folding. Learning rate, number of steps and scale, which the text does not give, are ours (the
 #: scale is a tenth of half the size of an image of 256 voxels), and the average is that of later
-#: code by the same author. Under ``"fast"`` the defaults, a velocity at a quarter of the resolution.
+#: code by the same author. Under ``"fast"`` the defaults: a velocity, a quarter of the resolution.
 PRESETS: dict[str, DIP] = {
     "paper": DIP(
         network=PAPER,
