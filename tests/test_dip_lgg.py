@@ -73,7 +73,7 @@ def test_the_table_has_what_the_issue_compares_and_says_it_in_json():
         "antspyx",
         "reglib",
     }
-    assert script.methods_of(found[script.PAPERS]) == [dip.PRESETS["paper"]]
+    assert script.methods_of(found["DIP, paper"]) == [dip.PRESETS["paper"]]
     for settings in found.values():
         if settings["package"] == "reglib":
             assert all(map(callable, script.methods_of(settings)))
