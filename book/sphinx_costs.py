@@ -7,6 +7,7 @@ without a row that a table needs, the build fails.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -244,7 +245,9 @@ def table_node(columns: list[str], rows: list[list[str]]) -> nodes.table:
     for part, lines in ((nodes.thead(), [columns]), (nodes.tbody(), rows)):
         for line in lines:
             row = nodes.row()
-            row += [nodes.entry("", nodes.paragraph(text=cell)) for cell in line]
+            # No line is broken between a number and its unit.
+            cells = [re.sub(r"^([\d.]+) (\w+)$", "\\1\u00a0\\2", cell) for cell in line]
+            row += [nodes.entry("", nodes.paragraph(text=cell)) for cell in cells]
             part += row
         group += part
     table = nodes.table(classes=["colwidths-auto"])

@@ -62,15 +62,12 @@ WORK = ROOT / "build" / "pretraining_compare"
 #: The grid of all brains: voxels of 2 mm. Where its first voxel lies matters to nobody.
 AFFINE = torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64))
 
-#: On malf only the fastest.
-PEERS = {
-    "ixi_2mm": (
-        "SimpleITK affine + demons",
-        "ConvexAdam",
-        "ANTsPy SyN CC, full resolution",
-    ),
-    "malf": ("SimpleITK affine + demons",),
-}
+PEERS = (
+    "SimpleITK affine + demons",
+    "ConvexAdam",
+    "ANTsPy SyN CC, full resolution",
+)
+SETS = ("ixi_2mm", "malf")
 OWN = ("reglib affine + velocity", "reglib affine + velocity, fast")
 
 #: Fine-tuned networks, by what they began with, and the names of their runs in pretraining.py.
@@ -89,6 +86,22 @@ CONTINUATIONS: dict[str, dict[str, Any]] = {
     "velocity, 4 and 2 mm, 10 steps": {"Velocity": {"levels": [4.0, 2.0], "steps": 10, "lr": 0.5}},
     "velocity, 4 and 2 mm, 20 steps": {"Velocity": {"levels": [4.0, 2.0], "steps": 20, "lr": 0.3}},
     "velocity, 4 and 2 mm, 30 steps": {"Velocity": {"levels": [4.0, 2.0], "steps": 30, "lr": 0.3}},
+    "velocity, 4 and 2 mm, 40 steps": {"Velocity": {"levels": [4.0, 2.0], "steps": 40, "lr": 0.3}},
+    "velocity, 4 and 2 mm, 20 steps, half as smooth": {
+        "Velocity": {"levels": [4.0, 2.0], "steps": 20, "lr": 0.3, "regularity_weight": 0.25}
+    },
+    "velocity, 4 and 2 mm, 20 steps, twice as smooth": {
+        "Velocity": {"levels": [4.0, 2.0], "steps": 20, "lr": 0.3, "regularity_weight": 1.0}
+    },
+    "velocity of every voxel, 2 mm, 20 steps": {
+        "Velocity": {"levels": [2.0], "nodes": 1.0, "steps": 20, "lr": 0.3}
+    },
+    "velocity of every voxel, 4 and 2 mm, 20 steps": {
+        "Velocity": {"levels": [4.0, 2.0], "nodes": 1.0, "steps": 20, "lr": 0.3}
+    },
+    "velocity of every voxel, 4 and 2 mm, 30 steps": {
+        "Velocity": {"levels": [4.0, 2.0], "nodes": 1.0, "steps": 30, "lr": 0.3}
+    },
     "displacement, 2 mm, 20 steps": {"Displacement": {"levels": [2.0], "steps": 20, "lr": 0.3}},
     "training on the pair, 20 steps": {"Instance": {"steps": 20, "lr": 3e-4}},
 }
@@ -167,17 +180,16 @@ def pair_objective(
 # --- Configurations -------------------------------------------------------------------------
 
 
-def configurations(name: str, size: str, weights: Path, goes_on: Sequence[str]) -> dict[str, Any]:
-    """Those that a set is registered with.
+def configurations(size: str, weights: Path, goes_on: Sequence[str]) -> dict[str, Any]:
+    """Those that every set is registered with.
 
     Args:
-        name: of the set.
         size: of the networks.
         weights: their folder.
         goes_on: which of ``CONTINUATIONS`` follow a network.
     """
     every = benchmark_classical.CONFIGURATIONS
-    found = {one: every[one] for one in (*PEERS[name], *OWN)}
+    found = {one: every[one] for one in (*PEERS, *OWN)}
     for network, run in NETWORKS.items():
         path = weights / f"{run}.safetensors"
         own: dict[str, Any] = {"package": "reglib", "size": size}
@@ -354,7 +366,12 @@ def compare_all(options: argparse.Namespace) -> None:
     final = options.split == "test"
     weights = options.weights or ROOT / "build" / "pretraining" / options.size
     goes_on = list(CONTINUATIONS) if options.candidates else [CHOSEN]
-    sets = list(PEERS) if final else ["ixi_2mm"]
+    all_of_them = configurations(options.size, weights, goes_on)
+    wanted = {n: s for n, s in all_of_them.items() if n in (options.only or all_of_them)}
+    untrained = [n for n, s in wanted.items() if "weights" in s and s["sha256"] is None]
+    if untrained:
+        raise SystemExit(f"not trained yet: {untrained}")
+    sets = SETS if final else SETS[:1]
     python, wholes = benchmark_classical.make_environment(), {}
     command = [python, peers.__file__, "versions"]
     print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
@@ -363,11 +380,6 @@ def compare_all(options: argparse.Namespace) -> None:
         Workers(python, Path(folder), __file__, WORK) as workers,
     ):
         for name in sets:
-            all_of_them = configurations(name, options.size, weights, goes_on)
-            wanted = {n: s for n, s in all_of_them.items() if n in (options.only or all_of_them)}
-            untrained = [n for n, s in wanted.items() if "weights" in s and s["sha256"] is None]
-            if untrained:
-                raise SystemExit(f"not trained yet: {untrained}")
             everything = cases(name, options.split, options.subjects)
             record = record_of(name, options.split, options.size)
             record.forget(options.again)
@@ -389,7 +401,7 @@ def compare_all(options: argparse.Namespace) -> None:
         "protocol": PROTOCOL,
         "versions": json.loads(subprocess.run(command, capture_output=True, check=True).stdout),
         "structures": list(ixi_structures()),
-        "goals": {name: goals(whole["rows"], PEERS[name]) for name, whole in wholes.items()},
+        "goals": {name: goals(whole["rows"], PEERS) for name, whole in wholes.items()},
     }
     for name, whole in wholes.items():
         whole["comparisons"] = comparisons(whole["rows"])

@@ -127,6 +127,7 @@ def test_the_command_is_the_library_s_training(tmp_path, preset, loss, words):
     assert card["shape"] == list(SHAPE)
     assert card["input"]["size_multiple"] == found.settings.size_multiple
     assert (card["input"]["orientation"], card["input"]["spacing"]) == ("RAS", [3, 3, 3])
+    assert card["input"]["quantile"] == 0.99  # as the population was scaled
     assert (card["steps"], card["batch"], card["seed"]) == (3, 2, 7)
     assert card["loss"]["regularity_weight"] == loss["regularity_weight"]
     assert "4 random variants" in card["trained_on"]

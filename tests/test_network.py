@@ -224,6 +224,33 @@ def test_sizes_are_padded_and_intensities_scaled(low, high):
     ]
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_brightest_voxels_are_clipped_as_the_contract_says(batch):
+    """The k-th smallest of all values becomes the end: a sort of each image says which."""
+    generator = torch.Generator().manual_seed(0)
+    moving, fixed = torch.randn(2, batch, 2, 10, 12, generator=generator).exp().unbind()
+    seen = Recorder(torch.zeros(batch, 2, 10, 12))
+    contract = {"range": [-1, 3], "quantile": 0.9, "channels": 2}
+    found = register(moving, fixed, Network(seen, contract))
+    for image, given in ((moving, seen.moving), (fixed, seen.fixed)):
+        for one, own in zip(image, given, strict=True):
+            ordered = one.flatten().sort().values
+            least, largest = ordered[0], ordered[round(0.9 * len(ordered)) - 1]
+            expected = -1 + 4 * ((one - least) / (largest - least)).clamp(max=1)
+            torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
+    notes = "intensities of each image scaled to -1 .. 3, those above the quantile 0.9 clipped"
+    assert notes in found.settings["notes"]
+
+
+def test_a_small_bright_thing_on_black_keeps_its_extremes():
+    """Where the quantile is the background itself, there would be nothing left to see."""
+    fixed = torch.zeros(1, 1, 20, 20)
+    fixed[..., 5:7, 5:7] = torch.tensor([[2.0, 4], [6, 8]])
+    seen = Recorder()
+    register(fixed, fixed, Network(seen, {"range": [0, 1], "quantile": 0.9}))
+    torch.testing.assert_close(seen.fixed, fixed / 8)
+
+
 def test_without_a_contract_images_are_left_alone():
     moving, fixed = blobs((13, 17), 0), blobs((13, 17), 1)
     seen = Recorder()
@@ -469,6 +496,10 @@ def test_masks_that_a_network_does_not_use_are_mentioned():
         ({"range": [1, 0]}, ValueError, "range: wanted two ascending numbers"),
         ({"range": [0, 1, 2]}, ValueError, "range"),
         ({"range": "01"}, TypeError, "range"),
+        ({"range": [0, 1], "quantile": 0}, ValueError, "quantile: wanted a number above 0"),
+        ({"range": [0, 1], "quantile": 99}, ValueError, "quantile: wanted a number above 0"),
+        ({"range": [0, 1], "quantile": "all"}, TypeError, "quantile"),
+        ({"quantile": 0.99}, ValueError, "quantile: wanted a range beside it"),
     ],
     ids=str,
 )

@@ -188,13 +188,14 @@ def test_tuning_never_looks_at_the_test_subjects(heads, size, tmp_path, monkeypa
     assert record["lr"] == 1e-3
 
 
-def test_the_script_runs_where_only_torch_numpy_and_safetensors_are():
+@pytest.mark.parametrize("name", ["pretraining", "fcn_networks"])
+def test_the_script_runs_where_only_torch_numpy_and_safetensors_are(name):
     """So do jobs on borrowed GPU machines. What they need from torch's own needs is let through."""
     code = f"""
 import sys, numpy, safetensors.torch, torch
 known = {{name.split(".")[0] for name in sys.modules}} | set(sys.stdlib_module_names)
 known |= {{"torchgen", "functorch", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "triton"}}
-known |= {{"reglib", "pretraining", "brains", "provenance"}}
+known |= {{"reglib", "pretraining", "brains", "fcn_networks", "timing", "provenance"}}
 
 class Nothing:
     def find_spec(self, name, path=None, target=None):
@@ -203,6 +204,6 @@ class Nothing:
 
 sys.meta_path.insert(0, Nothing())
 sys.path.insert(0, {str(SCRIPTS)!r})
-import pretraining
+import {name}
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

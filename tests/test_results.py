@@ -15,8 +15,9 @@ FILES = sorted((ROOT / "results").glob("*.json"))
 
 
 def provenances(content: dict) -> list[dict]:
-    """The record of each run in a file."""
-    runs = content.get("runs", [content])
+    """The record of each run in a file, or in each set of a file."""
+    parts = content.get("sets", {"": content}).values()
+    runs = [run for part in parts for run in part.get("runs", [part])]
     return [run["provenance"] | {"seconds": run["seconds"]} for run in runs]
 
 

@@ -316,7 +316,7 @@ def train_fcn(
     """  # noqa: D301  # \b keeps the lines of a paragraph
     import torch
 
-    from reglib.data.datasets import same_label_pairs
+    from reglib.data.datasets import HIPPOCAMPUS_QUANTILE, same_label_pairs
     from reglib.data.nifti import Image
     from reglib.methods import fcn
     from reglib.training import fit
@@ -377,10 +377,13 @@ def train_fcn(
     if rank:
         return
     placed = Image(boxes[:1], grid)
+    # The populations come scaled; images of one's own were scaled by their extremes.
+    scaled = {} if images else {"quantile": HIPPOCAMPUS_QUANTILE}
     card = {
         "trained_on": f"random pairs of {len(boxes)} {origin}",
         "licence": "the weights: Apache-2.0 as far as the images allow",
         "input": network.card["input"]
+        | scaled
         | {"orientation": placed.orientation, "spacing": [round(s, 6) for s in placed.spacing]},
         "shape": list(boxes.shape[2:]),
         "steps": len(history["loss"]),

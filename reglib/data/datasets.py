@@ -53,6 +53,9 @@ SHARED_STRUCTURES = {
 #: Of the images that :func:`hippocampus` gives; axes point to the right, to the front and up.
 HIPPOCAMPUS_SHAPE = (48, 64, 48)
 
+#: Share of the voxels of an image of :func:`hippocampus` below the intensity that becomes 1.
+HIPPOCAMPUS_QUANTILE = 0.99
+
 #: What the embedded boxes show, in the order of the file. Each is larger than
 #: ``HIPPOCAMPUS_SHAPE`` by four voxels at every face.
 HIPPOCAMPUS_BOXES = ("colin27 left", "colin27 right", "mni152 left", "mni152 right")
@@ -289,7 +292,7 @@ def _decathlon(members: Sequence[str] | None) -> Hippocampi:
 
 def _normalised(image: Tensor) -> Tensor:
     """Least value to 0, 99th percentile to 1, clipped: one bright voxel must not set the scale."""
-    low, high = image.min(), torch.quantile(image.double(), 0.99).to(image)
+    low, high = image.min(), torch.quantile(image.double(), HIPPOCAMPUS_QUANTILE).to(image)
     return ((image - low) / (high - low)).clamp(0, 1)
 
 

@@ -48,7 +48,6 @@ from reglib.geometry.fields import compose, integrate, upsample_field
 from reglib.geometry.grid import no_autocast
 from reglib.geometry.sampling import warp
 from reglib.geometry.smoothing import pool
-from reglib.methods.network import Network
 from reglib.methods.pair import Iterate, Pair
 from reglib.methods.transmorph import check_images, convolve, upsample_features
 from reglib.objectives.regularity import total_variation
@@ -495,6 +494,9 @@ class Instance:
 
     def __call__(self, pair: Pair) -> Iterator[Iterate]:
         """Train; yields after every step."""
+        # Here and below: machines that only train may have no reader of images, which it needs.
+        from reglib.methods.network import Network
+
         network = copy.deepcopy(self.network).eval().requires_grad_()
         contract = Network(network).contract
         moving, fixed, notes = _seen(contract, pair, next(network.parameters()))
@@ -534,6 +536,8 @@ def _seen(
         images.extend((moving.to(weight.dtype), fixed.to(weight.dtype)))
         return fixed.new_zeros(len(fixed), fixed.ndim - 2, *fixed.shape[2:])
 
+    from reglib.methods.network import Network
+
     [iterate] = Network(look, contract)(pair)
     moving, fixed = images
     return moving, fixed, iterate.notes
@@ -541,6 +545,8 @@ def _seen(
 
 def _brought_back(contract: Mapping[str, Any], pair: Pair, field: Tensor) -> tuple[Tensor, Tensor]:
     """The transform, given the field on the network's grid."""
+    from reglib.methods.network import Network
+
     [iterate] = Network(lambda moving, fixed: field, contract)(pair)
     return iterate.transform()
 

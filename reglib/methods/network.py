@@ -1,14 +1,17 @@
 """A network as a method: its input contract is met, and its field is brought back.
 
 Weights say in their card what they were trained on, under ``"input"``: ``channels``; ``range``,
-the least and the largest intensity; ``size_multiple``; and, where they matter, ``orientation``
-(such as ``"RAS"``) and ``spacing`` (mm per voxel along those axes). Whatever a pair is, it is
-resampled to that, run through the network, and the field is carried back to the fixed grid.
+the least and the largest intensity; ``quantile``, the share of an image's voxels that lie within
+it, while the brightest ones are clipped to its end (1 where it is missing); ``size_multiple``; and,
+where they matter, ``orientation`` (such as ``"RAS"``) and ``spacing`` (mm per voxel along those
+axes). Whatever a pair is, it is resampled to that, run through the network, and the field is
+carried back to the fixed grid.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +27,7 @@ from reglib.geometry.sampling import transform_grid
 from reglib.methods.pair import Iterate, Pair
 
 _PLACING = ("orientation", "spacing", "size_multiple")
-_KNOWN = ("channels", "range", *_PLACING)
+_KNOWN = ("channels", "range", "quantile", *_PLACING)
 
 
 class Network:
@@ -62,6 +65,11 @@ class Network:
         limits = check_numbers(self.contract.get("range", (0.0, 1.0)), "range")
         if len(limits) != 2 or not limits[0] < limits[1]:
             raise ValueError(f"range: wanted two ascending numbers, got {limits}")
+        [quantile] = check_numbers([self.contract.get("quantile", 1.0)], "quantile")
+        if not 0 < quantile <= 1:
+            raise ValueError(f"quantile: wanted a number above 0 and at most 1, got {quantile}")
+        if "quantile" in self.contract and "range" not in self.contract:
+            raise ValueError("quantile: wanted a range beside it, got none")
 
     def __call__(self, pair: Pair) -> Iterator[Iterate]:
         """Run the network; yields once."""
@@ -139,13 +147,25 @@ class Network:
         """An image in the contract's intensities on its grid, the least of them around it."""
         low, scaled = 0.0, image
         if "range" in self.contract:
-            # Each image's own extremes, over all channels.
+            # Each image's own, over all channels.
             low, high = self.contract["range"]
-            least, largest = image.flatten(1).aminmax(dim=1)
+            least, largest = self._ends(image.flatten(1))
             view = (-1, *(1,) * (image.ndim - 1))
             extent = (largest - least).where(largest > least, torch.ones_like(least))
-            scaled = (image - least.view(view)) / extent.view(view) * (high - low)
+            shares = ((image - least.view(view)) / extent.view(view)).clamp(max=1)
+            scaled = shares * (high - low)
         return resample(scaled, affine, new_affine, new_shape, matrix=matrix, field=field) + low
+
+    def _ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The intensities ``(B,)`` that become the ends of ``range``, of voxels ``(B, N)``."""
+        least, largest = values.aminmax(dim=1)
+        if "quantile" in self.contract:
+            # Not torch.quantile, which refuses large volumes.
+            rank = math.ceil(self.contract["quantile"] * values.shape[1])
+            found = values.kthvalue(rank, 1).values
+            # Where nearly all of an image is background, its extremes are all there is.
+            largest = found.where(found > least, largest)
+        return least, largest
 
     def _notes(self, pair: Pair, affine: Tensor, new_shape: Sequence[int]) -> tuple[str, ...]:
         """What was done to the images, for the report."""
@@ -153,7 +173,9 @@ class Network:
         notes = []
         if "range" in self.contract:
             low, high = self.contract["range"]
-            notes.append(f"intensities of each image scaled to {low:g} .. {high:g}")
+            quantile = self.contract.get("quantile", 1.0)
+            clipped = f", those above the quantile {quantile:g} clipped" if quantile < 1 else ""
+            notes.append(f"intensities of each image scaled to {low:g} .. {high:g}{clipped}")
         if shape == tuple(new_shape) and torch.equal(affine, pair.fixed_affine):
             notes.append("fixed grid as the network takes it")
         else:

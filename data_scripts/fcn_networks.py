@@ -1,0 +1,398 @@
+"""The networks of the hippocampus table, and how they are trained: see fcn_hippocampus.py.
+
+    make gpu
+
+trains the paper's network as the paper does, 10,000 steps of 64 pairs, from a job that names
+network, steps and batch. Nothing but torch, numpy, safetensors and the library is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timing
+import torch
+from provenance import ROOT, provenance, write_json
+from torch import Tensor, nn
+
+from reglib.geometry.sampling import warp, warp_labels
+from reglib.methods import fcn
+from reglib.objectives.metrics import dice
+from reglib.objectives.regularity import diffusion, total_variation
+from reglib.objectives.similarity import lncc, ncc
+from reglib.training import fit
+from reglib.weights import load_weights, save_weights
+
+SPLITS = ROOT / "data_scripts" / "splits.json"
+WORK = ROOT / "build" / "fcn_hippocampus"
+PACKED = WORK / "hippocampus.npz"
+TRAINING = WORK / "training.json"
+#: Steps of every network, and the measured seconds of a step that they come from.
+CALIBRATION = ROOT / "data_scripts" / "fcn_steps.json"
+#: What was done to the images, for whoever brings others: see ``hippocampus(origin="msd")``.
+PREPARED = {"quantile": 0.99, "orientation": "RAS", "spacing": [1.0, 1.0, 1.0]}
+SEEDS = (0, 1, 2)
+#: Of the training of each network, on one thread.
+SECONDS = 900.0
+#: Between two looks at the validation pairs.
+VALIDATE_EVERY = 100
+
+
+# --- Data -----------------------------------------------------------------------------------
+
+
+class Members(NamedTuple):
+    """Boxes of one part of the split: float32 images in [0, 1], int64 labels, ``(N, 1, *S)``."""
+
+    names: list[str]
+    images: Tensor
+    labels: Tensor
+
+
+def pack() -> None:
+    """Read the volumes of every part and write one compressed file of bytes."""
+    # Here, as machines that only train have no reader of images.
+    from reglib.data.datasets import hippocampus
+
+    parts = json.loads(SPLITS.read_text())["hippocampus"]
+    arrays: dict[str, np.ndarray] = {}
+    for part, names in parts.items():
+        population = hippocampus(origin="msd", members=names)
+        arrays[f"{part}/images"] = (255 * population.images).round().byte().numpy()
+        arrays[f"{part}/labels"] = population.labels.byte().numpy()
+    PACKED.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = PACKED.with_suffix(".part.npz")
+    np.savez_compressed(unfinished, **arrays)
+    os.replace(unfinished, PACKED)
+    print(f"{PACKED}: {PACKED.stat().st_size / 2**20:.1f} MiB")
+
+
+@functools.cache
+def load(part: str) -> Members:
+    """The members of a part of the split, in its order."""
+    if not PACKED.is_file():
+        raise SystemExit(f"{PACKED.name} is missing: run the command pack first")
+    names = list(json.loads(SPLITS.read_text())["hippocampus"][part])
+    with np.load(PACKED) as file:
+        images, labels = (torch.from_numpy(file[f"{part}/{kind}"]) for kind in ("images", "labels"))
+    return Members(names, images.float() / 255, labels.long())
+
+
+class RandomPairs:
+    """An endless stream of pairs of different members.
+
+    It says where it is and can be put there again, for a training that is resumed.
+    """
+
+    def __init__(self, images: Tensor, batch: int, seed: int) -> None:
+        self.images, self.batch = images, batch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n = len(self.images)
+        while True:
+            fixed = torch.randint(n, (self.batch,), generator=self.generator)
+            others = torch.randint(1, n, (self.batch,), generator=self.generator)
+            yield self.images[(fixed + others) % n], self.images[fixed]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the generator."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+        self.generator.set_state(state["generator"])
+
+
+def places(count: int) -> list[tuple[int, int]]:
+    """In groups of three, everyone is moving to the next, and the last to the first.
+
+    Returns:
+        Moving and fixed, as places among so many members; what is left over is in no pair.
+    """
+    return [(3 * g + k, 3 * g + (k + 1) % 3) for g in range(count // 3) for k in range(3)]
+
+
+def pairs_of(part: str) -> tuple[Tensor, ...]:
+    """The pairs of a part as tensors: moving, fixed, moving labels, fixed labels."""
+    members = load(part)
+    moving, fixed = map(list, zip(*places(len(members.names)), strict=True))
+    images, labels = members.images, members.labels
+    return images[moving], images[fixed], labels[moving], labels[fixed]
+
+
+# --- Networks -------------------------------------------------------------------------------
+
+
+class UNet(nn.Module):
+    """MONAI's VoxelMorph as it comes: a U-Net, and its velocity integrated at half resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from monai.networks.nets import VoxelMorph
+
+        self.voxelmorph = VoxelMorph()
+        self.card: dict[str, Any] = {
+            "input": {"channels": 1, "range": [0.0, 1.0], "size_multiple": 16}
+        }
+
+    def forward(self, moving: Tensor, fixed: Tensor) -> fcn.Output:
+        """The field, as the only level of an output that the objective of FCN understands."""
+        field = self.voxelmorph(moving, fixed)[1]
+        return fcn.Output(field, (fcn.Level(1, field),))
+
+
+AnyNetwork = fcn.FCN | fcn.ComposedFCN | UNet
+
+
+class Recipe(NamedTuple):
+    """How a network is made and trained; every value is JSON but the functions."""
+
+    kind: str
+    objective: dict[str, Any]
+    lr: float
+    batch: int
+    seeds: Sequence[int] = SEEDS
+    longer: int = 1  #: times the steps of the calibration
+
+    def network(self) -> AnyNetwork:
+        """A new one."""
+        if self.kind == "VoxelMorph":
+            return UNet()
+        return fcn.ComposedFCN() if self.kind == "composed" else fcn.FCN(fcn.PRESETS[self.kind])
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON."""
+        named = {k: getattr(v, "__name__", v) for k, v in self.objective.items()}
+        return {"kind": self.kind, "objective": named, "lr": self.lr, "batch": self.batch}
+
+
+AS_THE_PAPER: dict[str, Any] = {
+    "similarity": ncc,
+    "regularity": total_variation,
+    "regularity_weight": 0.03,
+}
+LOCAL: dict[str, Any] = {"similarity": lncc, "regularity": diffusion, "regularity_weight": 1.0}
+
+NETWORKS: dict[str, Recipe] = {
+    "FCN": Recipe("paper", AS_THE_PAPER, 1e-3, 4),
+    "FCN, no pooling": Recipe("no pooling", AS_THE_PAPER, 1e-3, 1, SEEDS[:1]),
+    "FCN, interpolated": Recipe("interpolated", AS_THE_PAPER, 1e-3, 4, SEEDS[:1]),
+    "FCN, composed": Recipe("composed", LOCAL, 1e-3, 2),
+    "MONAI VoxelMorph": Recipe("VoxelMorph", LOCAL, 1e-3, 2),
+    "FCN, composed, longer": Recipe("composed", LOCAL, 1e-3, 2, SEEDS[:1], longer=2),
+}
+#: Which of them travels with the package, and where.
+EMBEDDED = "FCN, composed, longer"
+WEIGHTS = ROOT / "reglib" / "methods" / fcn.WEIGHTS
+
+
+def weights_of(name: str, seed: int) -> Path:
+    """Where a trained network lies."""
+    return WORK / f"{name.lower().replace(', ', '_').replace(' ', '_')}_{seed}.safetensors"
+
+
+@torch.no_grad()
+def correlation(network: nn.Module, moving: Tensor, fixed: Tensor) -> float:
+    """Mean correlation of the warped and the fixed images: figure 2 of the paper."""
+    pairs = zip(moving.split(1), fixed.split(1), strict=True)
+    values = [1 - float(ncc(warp(m, network(m, f).field), f)) for m, f in pairs]
+    return round(statistics.fmean(values), 5)
+
+
+@torch.no_grad()
+def overlap(network: nn.Module, pairs: Sequence[Tensor]) -> float:
+    """Mean Dice of the whole hippocampus."""
+    values = []
+    for moving, fixed, *labels in zip(*(x.split(1) for x in pairs), strict=True):
+        field = network(moving, fixed).field
+        values.append(whole_dice(warp_labels(labels[0], field), labels[1]))
+    return round(statistics.fmean(values), 5)
+
+
+def whole_dice(warped_labels: Tensor, fixed_labels: Tensor) -> float:
+    """Dice of both parts together, of one pair."""
+    masks = [(labels > 0).long() for labels in (warped_labels, fixed_labels)]
+    return float(dice(*masks, labels=[1]))
+
+
+def calibrate() -> None:
+    """Measure a step of every network, all in turn, and write how many ``SECONDS`` allow."""
+    torch.set_num_threads(1)
+    begin, before = time.perf_counter(), timing.load()
+
+    def step_of(recipe: Recipe) -> Callable[[], object]:
+        network, images = recipe.network(), load("train").images
+        objective = functools.partial(fcn.objective, **recipe.objective)
+        return lambda: fit(
+            network,
+            RandomPairs(images, recipe.batch, 0),
+            objective,
+            steps=1,
+            lr=recipe.lr,
+            progress=False,
+        )
+
+    # What is trained for longer takes steps of the same length.
+    each = {name: recipe for name, recipe in NETWORKS.items() if recipe.longer == 1}
+    found = timing.in_turn({name: step_of(recipe) for name, recipe in each.items()}, repeats=5)
+    steps = {name: int(float(f"{SECONDS / seconds:.2g}")) for name, seconds in found.items()}
+    run = timing.run_of("cpu", begin, before, step_seconds=found)
+    write_json(CALIBRATION, {"limit_seconds": SECONDS, "steps": steps, "measured": run})
+    print(json.dumps(steps, indent=1))
+
+
+@functools.cache
+def steps_of(name: str) -> int:
+    """Of a network's training."""
+    recipe, steps = NETWORKS[name], json.loads(CALIBRATION.read_text())["steps"]
+    # Of the network that takes steps of the same length.
+    alike = (recipe.kind, recipe.batch)
+    [same] = [one for one in steps if (NETWORKS[one].kind, NETWORKS[one].batch) == alike]
+    return int(recipe.longer * steps[same])
+
+
+def train(
+    name: str, seed: int, steps: int, *, batch: int | None = None, path: Path | None = None
+) -> dict[str, Any]:
+    """Train one network and write its weights; goes on from its checkpoint.
+
+    Args:
+        name: of the network.
+        seed: of its first weights and of the pairs.
+        steps: of the optimiser.
+        batch: pairs of a step; ``None`` for those of the recipe.
+        path: of the weights; ``None`` for their place in build/.
+    """
+    recipe, path = NETWORKS[name], path or weights_of(name, seed)
+    recipe = recipe._replace(batch=batch or recipe.batch)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    network = recipe.network().to(device)
+    network.card["input"] |= PREPARED
+    validation = [x.to(device) for x in pairs_of("validation")]
+    images = load("train").images.to(device)
+    history = fit(
+        network,
+        RandomPairs(images, recipe.batch, seed),
+        functools.partial(fcn.objective, **recipe.objective),
+        steps=steps,
+        lr=recipe.lr,
+        checkpoint=path.with_suffix(".checkpoint"),
+        every=VALIDATE_EVERY,
+        validate=lambda network: -overlap(network, validation),
+        validate_every=VALIDATE_EVERY,
+        progress=False,
+    )
+    some = images[:51]
+    record = {
+        "network": name,
+        "seed": seed,
+        "settings": recipe.settings() | {"steps": steps},
+        "seconds": round(history["seconds"][-1], 1),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "ncc": {
+            "train": correlation(network, some[1:], some[:-1]),
+            "validation": correlation(network, *validation[:2]),
+        },
+        "dice_every": VALIDATE_EVERY,
+        "dice": [round(-x, 4) for x in history["validation"] if not math.isnan(x)],
+        "loss": [round(statistics.fmean(x), 5) for x in _parts(history["loss"], 100)],
+        "provenance": provenance(),
+    }
+    curves = ("loss", "dice", "dice_every")
+    card = {key: value for key, value in record.items() if key not in curves} | {
+        "loss": recipe.settings()["objective"],
+        "trained_on": "150 crops of the Medical Segmentation Decathlon, Task04 (splits.json)",
+        "licence": "weights: Apache-2.0; data: CC BY-SA 4.0 (Simpson et al., arXiv:1902.09063)",
+    }
+    if isinstance(network, UNet):
+        save_weights(network, path, network.card | card | {"method": "monai"})
+    else:
+        fcn.save(network, path, card=card)
+    return record
+
+
+def embed() -> None:
+    """Put the network that travels with the package there, in half precision."""
+    path = weights_of(EMBEDDED, NETWORKS[EMBEDDED].seeds[0])
+    network = fcn.load(path)
+    card = network.card | {"script": "data_scripts/fcn_hippocampus.py embed"}
+    fcn.save(network.half(), WEIGHTS, card=card)
+    print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 2**20:.2f} MiB")
+
+
+def _parts(values: Sequence[float], count: int) -> list[Sequence[float]]:
+    size = max(1, len(values) // count)
+    return [values[k : k + size] for k in range(0, len(values), size)]
+
+
+def records() -> list[dict[str, Any]]:
+    """Of the trainings that are finished."""
+    found: list[dict[str, Any]] = json.loads(TRAINING.read_text()) if TRAINING.exists() else []
+    return found
+
+
+def train_all(names: Sequence[str]) -> None:
+    """Train what is missing, one per core; results go into build/ network by network."""
+    runs = records()
+    done = {(r["network"], r["seed"]) for r in runs}
+    wanted = [(name, seed) for seed in SEEDS for name in names if seed in NETWORKS[name].seeds]
+    tasks = [(*task, steps_of(task[0])) for task in wanted if task not in done]
+    workers = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=workers) as executor:
+        futures = [executor.submit(train, *task) for task in tasks]
+        for number, future in enumerate(as_completed(futures), 1):
+            record = future.result()
+            same = (record["network"], record["seed"])
+            runs = [r for r in runs if (r["network"], r["seed"]) != same] + [record]
+            write_json(TRAINING, runs)
+            print(
+                f"{number}/{len(tasks)}", *same, record["seconds"], record["dice"][-1], flush=True
+            )
+
+
+@functools.cache
+def trained(path: str) -> AnyNetwork:
+    """A network from its file."""
+    state, card = load_weights(path)
+    if card["method"] != "monai":
+        return fcn.load(path)
+    network = UNet()
+    network.load_state_dict(state)
+    network.card = card
+    return network.eval()
+
+
+def main() -> None:
+    """Do a job of the GPU queue."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--settings", type=Path, required=True, help="of the job")
+    parser.add_argument("--out", type=Path, required=True, help="its folder")
+    options = parser.parse_args()
+    job = json.loads(options.settings.read_text())
+    name, seed = job["network"], job["seed"]
+    path = options.out / weights_of(name, seed).name
+    record = train(name, seed, job["steps"], batch=job["batch"], path=path)
+    path.with_suffix(".checkpoint").unlink(missing_ok=True)
+    write_json(path.with_suffix(".json"), record)
+
+
+if __name__ == "__main__":
+    main()
