@@ -3,7 +3,10 @@
     REGLIB_DATA=FOLDER python data_scripts/dip_lgg.py
 
 registers the middle slices of consecutive test patients and writes results/dip_lgg.json. Leave the
-machine alone meanwhile: seconds count. A stopped run goes on where it was.
+machine alone meanwhile: seconds count. A stopped run goes on where it was, at the next pair. The
+paper's network, which takes hours, comes last: the file is written before it, and says what is
+missing, and again when nothing is. Called once more with ``--only DIP``, a run that was stopped in
+between writes what there is.
 
     REGLIB_DATA=FOLDER python data_scripts/dip_lgg.py --split tuning --pairs 2
 
@@ -23,9 +26,10 @@ back.
 SimpleITK does what the paper says of its baseline, with the settings of SimpleITK's own example of
 a displacement field, but for the affine part, which is done. "DIP" optimises SSIM, by which it is
 judged here; "DIP, mean absolute error" optimises what the paper does, with the same network. The
-paper's network takes many minutes a pair on a CPU: it sees ten pairs of T1, and no cap. Processes,
-clocks and records are those of benchmark_classical.py. Each configuration sees the test pairs once;
-``runs`` is the ledger.
+paper's network takes many minutes a pair on a CPU: it sees ten pairs of T1, and no cap, with noise
+that is drawn anew in every step, as the paper says, and with noise that is kept but for a little
+that is added, as in the deep image prior. Processes, clocks and records are those of
+benchmark_classical.py. Each configuration sees the test pairs once; ``runs`` is the ledger.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +63,7 @@ from benchmark_classical import (
     measure_all,
     run_reglib,
 )
-from benchmark_record import UNREGISTERED, Record, Row, fingerprint, interval, key
+from benchmark_record import UNREGISTERED, Key, Record, Row, fingerprint, interval, key
 from brains import scaled
 from provenance import ROOT, provenance, write_json
 from scipy import ndimage
@@ -128,8 +133,7 @@ ANTS: dict[str, Any] = {
 
 #: What stands in the table for DIP; chosen on tuning pairs.
 CHOSEN: dict[str, Any] = {"preset": "fast", "similarity": "dssim", "pool": 8}
-#: The paper's network: as its text says, and with the noise of later code by the same author, which
-#: stays but for a little that is added in every step.
+#: The paper's network: as its text says, and with noise that stays but for a little that is added.
 PAPERS: dict[str, dict[str, Any]] = {
     "DIP, paper": {"package": "reglib", "dip": {"preset": "paper"}},
     "DIP, paper, noise kept": {
@@ -153,10 +157,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     **{f"learning rate {lr:g}": {"lr": lr} for lr in (5e-4, 1e-3, 4e-3, 1e-2)},
     **{f"scale {s:g}": {"scale": s} for s in (0.5, 1.0, 4.0, 12.75)},
     **{f"input {mode}": {"input_mode": mode} for mode in ("fixed+noise", "resample")},
-    **{
-        f"{n} scales": {"network": {"channels": [16, 32, 32][:n], "skips": [4] * n}}
-        for n in (1, 2, 3)
-    },
+    # Of nodes every eight voxels of 256 there are 32: they can be halved three times.
+    "1 scale of 3": {"network": {"channels": [16], "skips": [4]}},
+    "2 scales of 3": {"network": {"channels": [16, 32], "skips": [4, 4]}},
     "no skips": {"network": {"skips": [0] * 5}},
     **{f"nodes every {p} voxels": {"pool": p} for p in (2, 4, 16)},
     **{f"{n} steps": {"steps": n, "patience": None} for n in (100, 1000)},
@@ -375,43 +378,66 @@ def line(name: str, row: dict[str, Any]) -> str:
 # --- The table ------------------------------------------------------------------------------
 
 
+def parts(
+    everything: Sequence[Case], names: Sequence[str]
+) -> list[tuple[list[Case], dict[str, dict[str, Any]]]]:
+    """Who sees which pairs: the paper's network, last, those that are listed."""
+    quick = {name: CONFIGURATIONS[name] for name in names if name not in PAPERS}
+    slow = {name: CONFIGURATIONS[name] for name in names if name in PAPERS}
+    return [(list(everything), quick), (listed(everything), slow)]
+
+
+def tasks(cases: Sequence[Case], names: Sequence[str]) -> set[Key]:
+    """The rows that are wanted, without registration among them."""
+    return {(*case[:3], name) for case in cases for name in (UNREGISTERED, *names)}
+
+
 def table(split: str, pairs: int | None, only: Sequence[str] | None, again: Sequence[str]) -> None:
-    """Register, measure, and write the results when nothing is missing."""
+    """Register and measure; write the results before the paper's network, and after it."""
     everything = cases(split)[: None if pairs is None else 2 * pairs]
-    wanted = {n: s for n, s in CONFIGURATIONS.items() if only is None or n in only}
-    # Who sees which pairs.
-    parts = [
-        (everything, {n: s for n, s in wanted.items() if n not in PAPERS}),
-        (listed(everything), {n: s for n, s in wanted.items() if n in PAPERS}),
-    ]
+    wanted = [name for name in CONFIGURATIONS if only is None or name in only]
     record = Record(WORK / f"{split}.json", split, RESULTS if split == "test" else None)
     record.forget(again)
-    tasks = {
-        (*case[:3], name) for some, own in parts for case in some for name in (UNREGISTERED, *own)
-    }
-    record.begin(wanted, tasks)
-    print(f"{len(tasks - record.done)} of {len(tasks)} registrations")
-    print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
     python = make_environment()
     with (
         tempfile.TemporaryDirectory() as folder,
         Workers(python, Path(folder), __file__, WORK, artificial_pair()) as workers,
     ):
         here = functools.partial(run_here, workers.files)
-        for (some, own), run in zip(parts, (workers.register, here), strict=True):
+        for (some, own), run in zip(
+            parts(everything, wanted), (workers.register, here), strict=True
+        ):
+            if not own:
+                continue
+            left = tasks(some, list(own)) - record.done
+            print(f"{len(left)} registrations; load of this machine now: ", end="")
+            print(f"{os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
+            record.begin(own, left)
             measure_all(record, some, own, workers.files, run, load=load, measure=measure)
-    summary = summarise(record.rows)
-    for name, rows in summary.items():
-        print(f"\n{name}", *(line(*row) for row in rows.items()), sep="\n")
-    if split != "test" or tasks - record.done or len(wanted) < len(CONFIGURATIONS):
-        print("development, or something is missing: nothing is written")
+            for name, rows in summarise(record.rows).items():
+                print(f"\n{name}", *(line(*row) for row in rows.items()), sep="\n")
+            if split == "test":
+                write(record, everything, python)
+
+
+def write(record: Record, everything: Sequence[Case], python: Path) -> None:
+    """The results, unless more than the paper's network is missing; they say how much of it is."""
+    missing = Counter(
+        task[3]
+        for some, own in parts(everything, list(CONFIGURATIONS))
+        for task in tasks(some, list(own)) - record.done
+    )
+    if set(missing) - set(PAPERS):
+        print(f"missing, so that nothing is written: {dict(missing)}")
         return
     command = [python, peers.__file__, "versions"]
     versions = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     head = {"script": "data_scripts/dip_lgg.py", "protocol": PROTOCOL, "versions": versions}
-    head |= {"paper": PAPER, "sets": summary}
+    head |= {"complete": not missing, "missing": dict(missing)}
+    head |= {"paper": PAPER, "sets": summarise(record.rows)}
     names = [name for name in CONFIGURATIONS if name not in PAPERS]
     record.finish([case[:3] for case in everything], names, head)
+    print(f"written: {RESULTS}", *(f"missing: {n} of {name}" for name, n in missing.items()))
 
 
 # --- What settings are worth ----------------------------------------------------------------
@@ -432,24 +458,25 @@ def together(pairs: Sequence[Loaded], settings: dict[str, Any]) -> dict[str, Any
 
 def sensitivity() -> None:
     """DIP on tuning pairs, T1 and FLAIR at once: settings, and pairs side by side."""
-    torch.set_num_threads(peers.THREADS)
     chosen = [case for case in cases("tuning") if case.set == "T1"]
     pairs = [placed(case.moving, case.fixed) for case in chosen]
     path, code = WORK / "sensitivity.json", fingerprint()
     done = json.loads(path.read_text()) if path.exists() else {}
-    if done.get("code") != [code, CHOSEN]:  # another version, or other settings
-        done = {"code": [code, CHOSEN], "settings": {}, "batches": {}}
-    tasks = [("settings", name, pairs, CHOSEN | change) for name, change in CHANGES.items()]
-    tasks += [("batches", str(n), pairs[:n], CHOSEN | {"patience": None}) for n in (1, 2, 4, 8)]
+    if done.get("code") != code:  # another version
+        done = {"code": code, "settings": {}, "batches": {}}
+    todo = [("settings", name, pairs, CHOSEN | change) for name, change in CHANGES.items()]
+    todo += [("batches", str(n), pairs[:n], CHOSEN | {"patience": None}) for n in (1, 2, 4, 8)]
     WORK.mkdir(parents=True, exist_ok=True)
-    for part, name, some, settings in tasks:
-        if name not in done[part]:
-            done[part][name] = together(some, settings)
+    for part, name, some, settings in todo:
+        if done[part].get(name, {}).get("of") != settings:
+            done[part][name] = together(some, settings) | {"of": settings}
             write_json(path, done)
         print(line(name, done[part][name]), flush=True)
     head = {"script": "data_scripts/dip_lgg.py --sensitivity", "split": "tuning"}
-    head |= {"chosen": CHOSEN, "changes": CHANGES, "provenance": provenance()}
-    write_json(SENSITIVITY, head | {part: done[part] for part in ("settings", "batches")})
+    head |= {"chosen": CHOSEN, "provenance": provenance()}
+    for part, name, _, _ in todo:
+        head.setdefault(part, {})[name] = done[part][name]
+    write_json(SENSITIVITY, head)
 
 
 def main() -> None:
@@ -467,6 +494,7 @@ def main() -> None:
     if options.serve:
         peers.serve({"reglib": run_ours})
         return
+    torch.set_num_threads(peers.THREADS)
     unknown = {*(options.only or ()), *options.again} - set(CONFIGURATIONS)
     if unknown:
         parser.error(f"no such configuration: {sorted(unknown)}; one of {list(CONFIGURATIONS)}")

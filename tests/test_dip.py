@@ -551,6 +551,54 @@ def test_a_pair_that_waits_in_vain_stops_and_the_others_go_on():
     assert len(iterates(moving, fixed, replace(method, patience=None))) == 60
 
 
+def test_what_is_kept_and_when_a_pair_stops_against_a_plain_loop(monkeypatch):
+    """In double precision; the three stop at different steps, and give in company what alone."""
+    moving, fixed, _ = (x.double() for x in deformed(2))
+    method = replace(QUICK, steps=80, patience=20, tolerance=0.1, lr=1e-2)
+    look, looks = dip._Kept.look, {}
+    monkeypatch.setattr(
+        dip._Kept, "look", lambda self, u, n: looks.update({n: u}) or look(self, u, n)
+    )
+    found = register(moving, fixed, method, progress=False)
+    company, stops = dict(looks), []
+    for b in range(3):
+        best = kept_at = since = 0
+        first = reference = least = float(mae(moving[b : b + 1], fixed[b : b + 1]))
+        for step in sorted(company):
+            u = company[step][b : b + 1]
+            loss = float(mae(warp(moving[b : b + 1], u), fixed[b : b + 1]))
+            if loss < least and float(folding(u)) <= method.folding:
+                best, kept_at, least = u, step, loss
+            if least < reference - 0.1 * first:
+                reference, since = least, step
+            if step - since >= 20:
+                break
+        stops.append(step)
+        assert kept_at > 0
+        assert torch.equal(found.field[b : b + 1], best)
+        assert len(found.history[b]["network prior"]["similarity"]) == step
+        alone = register(moving[b : b + 1], fixed[b : b + 1], method, progress=False)
+        torch.testing.assert_close(alone.field, best, atol=1e-6, rtol=0)
+    assert len(set(stops)) == 3
+    assert max(stops) < 80
+
+
+def test_a_field_that_looks_away_is_not_kept():
+    """Where less than half of what counted still counts, the loss of the rest decides nothing.
+
+    Shifted by r of 40 rows, r rows come from outside, and nothing else differs.
+    """
+    moving = textures(1, (40, 34))
+    for rows, kept in ((12, True), (19, True), (21, False), (1000, False)):
+        fixed = moving.roll(-rows, 2)
+        pair = dip._scaled(pair_of(moving, fixed))
+        best = dip._Kept(QUICK, pair)
+        u = torch.zeros_like(pair.field)
+        u[:, 0] = rows
+        best.look(u, 10)
+        assert torch.equal(best.field, u if kept else torch.zeros_like(u)), rows
+
+
 @functools.cache
 def overfitted(limit: float | None, squarings: int = 0) -> tuple[Tensor, list[float]]:
     """Field and losses of white noise registered to other white noise, whose prior is no help."""
@@ -603,6 +651,9 @@ def test_the_report_says_which_step_was_kept():
     [note] = found.settings["notes"]
     assert note.startswith("kept the average of the fields up to step ")
     assert note.endswith(" of 20")
+    equal = register(moving, moving, replace(QUICK, steps=20), progress=False)
+    [nothing] = equal.settings["notes"]
+    assert nothing.endswith(" 0, 0 of 20 (0: no displacement)")
     [method] = found.settings["method"]
     assert method["name"] == "DIP"
     assert method["settings"]["network"]["settings"]["channels"] == [6, 8, 8]
@@ -623,6 +674,37 @@ def test_shapes_dtype_and_determinism(dimensions, batch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = register(moving, fixed, QUICK, progress=False)
     assert mixed.field.dtype == torch.float32
+
+
+def test_vectors_are_not_rounded_under_autocast():
+    """The last layer is computed in single precision: bfloat16 knows three digits."""
+    method = dip.DIP(network=TINY, pool=1, squarings=0)
+    prior = dip.Prior(method, (40, 36), 1, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = prior()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = prior()
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, exact)  # what is before it is rounded
+    assert float((found - exact).abs().max()) < 0.1 * float(exact.abs().max())
+    assert float((found == found.bfloat16()).float().mean()) < 0.05
+
+
+def test_channels_are_scaled_by_what_counts_in_both_images():
+    moving, fixed = torch.rand(2, 2, 3, 8, 9, generator=torch.Generator().manual_seed(0))
+    units = torch.tensor([1.0, 1000.0, 0.0]).view(1, 3, 1, 1)  # the last is constant
+    mask = torch.ones(2, 1, 8, 9)
+    mask[..., 0, 0] = 0
+    given = [units * x - 7 for x in (moving, 0.5 * fixed)]
+    given[0][..., 0, 0] = 1e6
+    pair = dip._scaled(replace(pair_of(*given), moving_mask=mask))
+    plain = [x.double().numpy() for x in given]
+    for b, c in np.ndindex(2, 2):
+        both = np.concatenate([plain[0][b, c].ravel()[1:], plain[1][b, c].ravel()])
+        for found, x in zip((pair.moving, pair.fixed), plain, strict=True):
+            expected = np.clip((x[b, c] - both.min()) / np.ptp(both), 0, 1)
+            np.testing.assert_allclose(found[b, c], expected, atol=1e-3 if c == 0 else 1e-5)
+    assert not pair.fixed[:, 2].any()
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (1, 9), (13, 66), (4, 5, 6), (1, 12, 9)])

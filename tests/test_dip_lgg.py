@@ -88,6 +88,12 @@ def test_the_sensitivity_study_changes_one_thing_at_a_time():
         different = {x for x in names if getattr(method, x) != getattr(chosen, x)}
         # More steps are none if a pair stops before.
         assert len(different - {"patience"}) == 1, name
+        if different == {"network"}:  # and what is changed is not a scale that nobody uses
+            weights = [
+                sum(p.numel() for p in dip.Prior(m, (256, 256), 1, torch.Generator()).parameters())
+                for m in (method, chosen)
+            ]
+            assert weights[0] != weights[1], name
 
 
 # --- Pairs ----------------------------------------------------------------------------------
@@ -316,6 +322,91 @@ def test_a_run_is_resumed_and_summed_up(tmp_path, files, monkeypatch):
         assert table["good"]["ssim"][0] > table["unregistered"]["ssim"][0]
         assert table["good"]["above"]["broken"]["pairs"] == 2
         assert "good" in script.line("good", table["good"])
+
+
+def test_the_papers_network_comes_last_and_the_results_say_what_is_missing(
+    tmp_path, files, monkeypatch
+):
+    """It is stopped in its second pair: what is there can be written, and the rest comes later."""
+    asked, limit = [], [3]
+
+    class Workers:
+        def __init__(self, *_):
+            self.files = files
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def register(self, name, settings):
+            asked.append(name)
+            write_field(files["field"], moved(2.0, 0.0), script.AFFINE)
+            return {"seconds": 0.5, "cpu_seconds": 1.0}
+
+    def run_here(_, name, settings):
+        if limit[0] == 0:
+            raise KeyboardInterrupt
+        limit[0] -= 1
+        return Workers().register(name, settings)
+
+    def load(case):
+        both, c = pair_of(2.0), script.CHANNELS.index(case.set)
+        images = (Image(x.tensor[:, c : c + 1], x.affine) for x in (both.moving, both.fixed))
+        return benchmark.Loaded(script.STRUCTURES, *images, *both[3:])
+
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho '{}'\n")
+    python.chmod(0o755)
+    results = tmp_path / "dip_lgg.json"
+    for name, value in {
+        "Workers": Workers,
+        "run_here": run_here,
+        "load": load,
+        "cases": lambda split: script.pairs_of(["a", "b", "c"], set()),
+        "make_environment": lambda: python,
+        "WORK": tmp_path / "work",
+        "RESULTS": results,
+    }.items():
+        monkeypatch.setattr(script, name, value)
+
+    def measured():
+        whole = json.loads(results.read_text())
+        counts = dict.fromkeys(script.CONFIGURATIONS, 0)
+        for row in whole["rows"]:
+            counts[row["configuration"]] = counts.get(row["configuration"], 0) + 1
+        return whole, counts
+
+    script.table("test", None, ["DIP"], [])
+    assert not results.exists()  # others than the paper's are missing
+    with pytest.raises(KeyboardInterrupt):
+        script.table("test", None, None, [])
+    quick = [name for name in script.CONFIGURATIONS if name not in script.PAPERS]
+    once = dict.fromkeys(quick, 4) | {records.UNREGISTERED: 4}
+    whole, counts = measured()
+    assert whole["missing"] == dict.fromkeys(script.PAPERS, 2)
+    assert whole["complete"] is False
+    assert counts == dict.fromkeys(script.PAPERS, 0) | once
+    assert asked[-3:] == [*script.PAPERS, next(iter(script.PAPERS))]
+
+    script.table("test", None, ["DIP"], [])
+    whole, counts = measured()
+    done = dict(zip(script.PAPERS, (2, 1), strict=True))
+    assert counts == once | done
+    assert whole["missing"] == {list(script.PAPERS)[1]: 1}
+    assert whole["complete"] is False
+    assert whole["sets"]["T1"]["DIP, paper"]["pairs"] == 2
+
+    limit[0] = 99
+    script.table("test", None, None, [])
+    whole, counts = measured()
+    assert (whole["complete"], whole["missing"]) == (True, {})
+    assert counts == once | dict.fromkeys(script.PAPERS, 2)
+    assert len(asked) == sum(counts.values()) - 4  # nobody was asked twice
+    ledger = [run["measured"] for run in whole["runs"]]
+    assert {n: sum(m.get(n, 0) for m in ledger) for n in counts} == counts
+    assert not list((tmp_path / "work").glob("test.json"))
 
 
 def test_pairs_together_give_what_they_give_alone():

@@ -55,10 +55,12 @@ Similarity = Callable[..., Tensor]
 #: The longest first displacement along any axis, in voxels.
 START = 0.25
 
-#: Standard deviation of the noise that the network is given.
+#: Standard deviation of the noise that the network is given. What is made of it is normalised, so
+#: that a larger one changes hardly anything.
 NOISE = 0.1
 
-#: Standard deviation of what ``"fixed+noise"`` adds to it in every step.
+#: Standard deviation of what ``"fixed+noise"`` adds to it in every step: about a third of the noise,
+#: as in the deep image prior. (Later code by the first author of the paper adds more than it keeps.)
 ADDED = 0.03
 
 #: Steps between two looks at the averaged field.
@@ -92,7 +94,7 @@ class Settings:
     """What an :class:`Hourglass` is made of. The defaults are small; ``PAPER`` has the paper's.
 
     Attributes:
-        channels: of each scale, finest first; each is half as large as the one before.
+        channels: of each scale, finest first; every scale is half as large as the one before.
         skips: channels that are led past what is coarser, one for each scale; 0 for none.
         inputs: channels of the noise.
         std: standard deviation of the weights at first. As every feature map is normalised, it
@@ -170,10 +172,11 @@ class _Convolution(nn.Module):
 class _Norm(nn.Module):
     """Each feature map by its own mean and variance, then a factor and an offset of each."""
 
-    def __init__(self, channels: int, copies: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.factor = nn.Parameter(torch.ones(copies, channels))
-        self.offset = nn.Parameter(torch.zeros(copies, channels))
+        #: ``(copies, channels)``, as the offset
+        self.factor = nn.Parameter(torch.ones(1, channels))
+        self.offset = nn.Parameter(torch.zeros(1, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(copies, channels, *S)``: BatchNorm of one sample that has the channels of all."""
@@ -249,13 +252,13 @@ class Hourglass(nn.Module):
         ) -> _Convolution:
             shape = (outputs, inputs, *(kernel,) * d)
             weight = settings.std * torch.randn(shape, generator=generator)
-            return _Convolution(weight.expand(copies, *shape).clone(), stride)
+            return _Convolution(weight[None], stride)
 
         def block(
             inputs: int, outputs: int, kernel: int, stride: Sequence[int] = (1,) * d
         ) -> nn.Sequential:
             conv = convolution(inputs, outputs, kernel, stride)
-            return nn.Sequential(conv, _Norm(outputs, copies), nn.LeakyReLU(0.2))
+            return nn.Sequential(conv, _Norm(outputs), nn.LeakyReLU(0.2))
 
         used = settings.channels[: max(*self.halvings, 1)]
         inner: nn.Module = nn.Identity()
@@ -271,7 +274,7 @@ class Hourglass(nn.Module):
                 deeper=inner,
                 skip=block(inputs, skip, 1) if skip else None,
                 up=nn.Sequential(
-                    _Norm(skip + coarser, copies),
+                    _Norm(skip + coarser),
                     block(skip + coarser, channels, 3),
                     block(channels, channels, 1),
                 ),
@@ -279,7 +282,14 @@ class Hourglass(nn.Module):
             coarser = channels
         self.inner = inner
         self.head = convolution(used[0], outputs, 1, (1,) * d)
-        self.offset = nn.Parameter(torch.zeros(copies, outputs, *(1,) * d))
+        self.offset = nn.Parameter(torch.zeros(1, outputs, *(1,) * d))
+        self.repeat(copies)
+
+    def repeat(self, copies: int) -> None:
+        """Become so many copies of the first, with weights of their own from now on."""
+        for parameter in self.parameters():
+            first = parameter.data[:1]
+            parameter.data = first.expand(copies, *first.shape[1:]).clone()
 
     def forward(self, z: Tensor) -> Tensor:
         """Noise ``(copies, inputs, *padded)``, or one for all, to ``(copies, outputs, *S)``.
@@ -312,7 +322,8 @@ class DIP:
     pair gives in a batch what it gives alone, and many pairs take less time together. Images may
     have several channels. Each channel is scaled to 0 .. 1 by the range that both images have in
     common. Masks weigh the voxels, and what the moving image does not cover does not count. A is
-    kept as the pair has it, and what the pair has been displaced by before stays, underneath.
+    kept as the pair has it, and what the pair has been displaced by before stays, underneath. A
+    loss that is not finite raises ``FloatingPointError``.
 
     Every 10 steps the average of the fields so far is looked at. The first candidate is no
     displacement at all; a later one takes its place if its loss is lower and it folds in no more
@@ -447,6 +458,9 @@ class Prior(nn.Module):
         shape: spatial shape ``S`` of the fixed image, two or three axes.
         copies: pairs.
         generator: source of randomness, on the CPU.
+
+    Raises:
+        TypeError, ValueError: if ``shape`` is malformed.
     """
 
     noise: Tensor
@@ -459,7 +473,7 @@ class Prior(nn.Module):
         self.method, self.shape, self.generator = method, tuple(shape), generator
         d, pool = len(self.shape), method.pool
         nodes = [-(-n // pool) for n in self.shape]
-        self.network = Hourglass(method.network, nodes, d, copies=copies, generator=generator)
+        self.network = Hourglass(method.network, nodes, d, generator=generator)
         self.register_buffer("noise", NOISE * self._draw())
         # Voxels of the nodes' own grid; along an axis of one voxel there is nowhere to go.
         reach = [method.scale / pool if n > 1 else 0.0 for n in self.shape]
@@ -468,6 +482,8 @@ class Prior(nn.Module):
             longest = float(self._field(self.noise, squarings=0).abs().max())
             if longest > START:
                 self.network.head.weight.mul_(START / longest)
+        # Only now: a pair in company begins with the very weights with which it begins alone.
+        self.network.repeat(copies)
 
     def _draw(self) -> Tensor:
         """Normal numbers for all copies, ``(1, inputs, *padded)``."""
@@ -523,7 +539,8 @@ class _Kept:
         if self.method.patience is not None:
             self.active = self.active & (step - self.since < self.method.patience)
         kept = ", ".join(f"{n:.0f}" for n in self.steps.tolist())
-        self.notes = (f"kept the average of the fields up to step {kept} of {step}",)
+        still = " (0: no displacement)" if not bool(self.steps.all()) else ""
+        self.notes = (f"kept the average of the fields up to step {kept} of {step}{still}",)
 
 
 def _terms(method: DIP, pair: Pair, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
