@@ -59,8 +59,8 @@ START = 0.25
 #: that a larger one changes hardly anything.
 NOISE = 0.1
 
-#: Standard deviation of what ``"fixed+noise"`` adds to it in every step: about a third of the noise,
-#: as in the deep image prior. (Later code by the first author of the paper adds more than it keeps.)
+#: Standard deviation of what ``"fixed+noise"`` adds to it in every step: about a third, as in the
+#: deep image prior. (Later code by the first author of the paper adds more than it keeps.)
 ADDED = 0.03
 
 #: Steps between two looks at the averaged field.
