@@ -238,13 +238,24 @@ def make_environment(folder: Path = ROOT / "build" / "peers") -> Path:
 
 
 class Worker:
-    """A process that registers pairs on demand; it is ended when it takes too long."""
+    """A process that registers pairs on demand; it is ended when it takes too long.
 
-    def __init__(self, command: Sequence[str | Path], log: Path) -> None:
-        threads = str(peers.THREADS)
+    ``place`` says which of several, whose threads have cores of their own, it is.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        log: Path,
+        *,
+        threads: int | None = None,
+        place: int = 0,
+    ) -> None:
+        threads = threads or peers.THREADS
         names = ("OMP", "MKL", "OPENBLAS")
-        limits = {f"{name}_NUM_THREADS": threads for name in names}
-        limits["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = threads
+        limits = {f"{name}_NUM_THREADS": str(threads) for name in names}
+        limits["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(threads)
+        limits["REGLIB_PLACE"] = str(place)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = os.environ | limits | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
         self.warm: set[str] = set()
@@ -256,6 +267,7 @@ class Worker:
                 stderr=errors,
                 env=env,
                 bufsize=0,
+                start_new_session=True,  # who is interrupted by hand is not a failure
             )
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -297,8 +309,9 @@ class Worker:
 class Workers:
     """A worker for each package, started when it is first needed and again after its end.
 
-    Ours is served by ``script``, when it is called with ``--serve``; all write to ``logs``. Each
-    warms up with ``example``, moving and fixed; ``None`` is :func:`artificial_pair`.
+    Ours is served by ``script``, when it is called with ``--serve``; all write to ``logs``. The
+    pair ``warm`` (:func:`artificial_pair` if ``None``) goes through every configuration first;
+    threads and place are those of a worker.
     """
 
     def __init__(
@@ -307,14 +320,18 @@ class Workers:
         folder: Path,
         script: str = __file__,
         logs: Path = WORK,
-        example: tuple[Image, Image] | None = None,
+        *,
+        warm: tuple[Image, Image] | None = None,
+        threads: int | None = None,
+        place: int = 0,
     ) -> None:
+        self.threads, self.place = threads, place
         self.python, self.script, self.logs = peers_python, script, logs
         self.running: dict[str, Worker] = {}
         names = {"moving": "moving.nii", "fixed": "fixed.nii", "field": "field.nii.gz"}
         self.files = {part: folder / name for part, name in names.items()}
         self.warm_files = {part: folder / f"warm_{name}" for part, name in names.items()}
-        for name, image in zip(("moving", "fixed"), example or artificial_pair(), strict=True):
+        for name, image in zip(("moving", "fixed"), warm or artificial_pair(), strict=True):
             write_image(self.warm_files[name], image)
 
     def worker(self, package: str) -> Worker:
@@ -325,7 +342,9 @@ class Workers:
             python = sys.executable if package == "reglib" else self.python
             command = [python, script, *(["--serve"] if package == "reglib" else [])]
             self.logs.mkdir(parents=True, exist_ok=True)
-            found = self.running[package] = Worker(command, self.logs / f"{package}.log")
+            log = self.logs / f"{package}.log"
+            found = Worker(command, log, threads=self.threads, place=self.place)
+            self.running[package] = found
         return found
 
     def register(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -455,6 +474,7 @@ def outcome(
     if "error" in answer:
         return {"cpu_seconds": None, "failed": answer["error"]}
     times = {part: round(answer[part], 4) for part in ("seconds", "cpu_seconds")}
+    times |= answer.get("notes", {})
     try:
         return times | measure_file(case, field, measure)
     except (OSError, ValueError) as error:

@@ -14,7 +14,8 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Record:
         self.configurations: dict[str, dict[str, Any]] = {}
         self.runs: list[dict[str, Any]] = []
         self.rows: list[Row] = []
+        self.lock = threading.Lock()
         for known in (path, finished):
             if known is not None and known.exists():
                 content = json.loads(known.read_text())
@@ -111,13 +113,14 @@ class Record:
         )
 
     def add(self, row: Row) -> None:
-        """Keep a row, on disk at once."""
-        run, name = self.runs[-1], row["configuration"]
-        run["measured"][name] = run["measured"].get(name, 0) + 1
-        run["seconds"] = round(run["seconds"] + row["seconds"], 3)
-        self.rows.append(row | {"run": len(self.runs) - 1})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"complete": False} | self._content())
+        """Keep a row, on disk at once; several threads may."""
+        with self.lock:
+            run, name = self.runs[-1], row["configuration"]
+            run["measured"][name] = run["measured"].get(name, 0) + 1
+            run["seconds"] = round(run["seconds"] + row["seconds"], 3)
+            self.rows.append(row | {"run": len(self.runs) - 1})
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"complete": False} | self._content())
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -128,9 +131,18 @@ class Record:
         }
 
     def finish(
-        self, pairs: Sequence[Key], configurations: Sequence[str], head: dict[str, Any]
+        self,
+        pairs: Sequence[Key],
+        configurations: Sequence[str],
+        head: dict[str, Any],
+        *,
+        skipped: Collection[Key] = (),
+        summary: Callable[[Sequence[Row], Collection[str]], dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """The whole, in the order of ``pairs`` and ``configurations``, with its summary.
+
+        ``skipped`` need not be there; ``summary`` is given the rows and which configurations are
+        ours, and is :func:`summarise` if ``None``.
 
         It is written to ``finished``, and ``path`` removed, if there is one. ``head`` goes before
         it, and may say that it is not ``complete`` where more is to come.
@@ -140,6 +152,7 @@ class Record:
         """
         names = [UNREGISTERED, *configurations]
         missing = {(*pair, name) for pair in pairs for name in names} - self.done
+        missing -= set(skipped)
         if missing:
             raise ValueError(f"wanted every row, got none of {sorted(missing)}")
         places = {pair: n for n, pair in enumerate(pairs)}
@@ -152,7 +165,7 @@ class Record:
         whole["runs"] = [self.runs[n] for n in kept]
         whole["rows"] = [row | {"run": kept.index(row["run"])} for row in rows]
         ours = [n for n, s in self.configurations.items() if s["package"] == "reglib"]
-        whole |= summarise(whole["rows"], ours)
+        whole |= (summary or summarise)(whole["rows"], ours)
         if self.finished is not None:
             write_json(self.finished, whole)
             self.path.unlink(missing_ok=True)

@@ -401,7 +401,7 @@ def table(split: str, pairs: int | None, only: Sequence[str] | None, again: Sequ
     python = make_environment()
     with (
         tempfile.TemporaryDirectory() as folder,
-        Workers(python, Path(folder), __file__, WORK, artificial_pair()) as workers,
+        Workers(python, Path(folder), __file__, WORK, warm=artificial_pair()) as workers,
     ):
         here = functools.partial(run_here, workers.files)
         for (some, own), run in zip(

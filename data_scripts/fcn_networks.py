@@ -204,6 +204,11 @@ def weights_of(name: str, seed: int) -> Path:
     return WORK / f"{name.lower().replace(', ', '_').replace(' ', '_')}_{seed}.safetensors"
 
 
+def registering(name: str, seed: int) -> Path:
+    """Where the weights lie that are measured: of the embedded network, in the package."""
+    return WEIGHTS if name == EMBEDDED else weights_of(name, seed)
+
+
 @torch.no_grad()
 def correlation(network: nn.Module, moving: Tensor, fixed: Tensor) -> float:
     """Mean correlation of the warped and the fixed images: figure 2 of the paper."""
@@ -314,8 +319,10 @@ def train(
         "loss": [round(statistics.fmean(x), 5) for x in _parts(history["loss"], 100)],
         "provenance": provenance(),
     }
-    curves = ("loss", "dice", "dice_every")
-    card = {key: value for key, value in record.items() if key not in curves} | {
+    # The card's own settings are the network's.
+    others = ("loss", "dice", "dice_every", "settings")
+    card = {key: value for key, value in record.items() if key not in others} | {
+        "training": record["settings"],
         "loss": recipe.settings()["objective"],
         "trained_on": "150 crops of the Medical Segmentation Decathlon, Task04 (splits.json)",
         "licence": "weights: Apache-2.0; data: CC BY-SA 4.0 (Simpson et al., arXiv:1902.09063)",
@@ -341,8 +348,15 @@ def _parts(values: Sequence[float], count: int) -> list[Sequence[float]]:
     return [values[k : k + size] for k in range(0, len(values), size)]
 
 
+def embedded_record() -> dict[str, Any]:
+    """Of the training of the network that travels with the package, as its card has it."""
+    card = load_weights(WEIGHTS)[1]
+    names = ("network", "seed", "seconds", "parameters", "ncc", "provenance")
+    return {name: card[name] for name in names} | {"settings": card["training"]}
+
+
 def records() -> list[dict[str, Any]]:
-    """Of the trainings that are finished."""
+    """Of the trainings that are finished here."""
     found: list[dict[str, Any]] = json.loads(TRAINING.read_text()) if TRAINING.exists() else []
     return found
 

@@ -2,7 +2,7 @@
 
     python data_scripts/make_samples.py [SAMPLE ...] [--root FOLDER] [--packages FOLDER]
 
-of mnist, brains and hippocampi; all if none is named.
+of mnist, brains, hippocampi and sentinel2; all if none is named.
 
 mnist: the official files (``--root``, or what ``reglib.data.assets.fetch`` gives), of which the
 first 400 digits of each class of the training set and the first 100 of each class of
@@ -25,6 +25,9 @@ hippocampi: boxes of 56 x 72 x 56 voxels of 1 mm around the left and the right h
 brains, unfiltered, from the same packages. The right ones are mirrored along their first axis; of
 the labels, hippocampus (1) and amygdala (2) of the box's side are kept. Whoever deforms a box has
 four voxels at every face to take from. The files depend on the packages alone.
+
+sentinel2: the patch of four bands at 10 m that comes with the Python package spyndex, 300 x 300
+pixels, unaltered.
 """
 
 from __future__ import annotations
@@ -280,12 +283,24 @@ def make_hippocampi(packages: Path | None) -> None:
     print(path, images.shape, path.stat().st_size, "bytes")
 
 
+# --- Sentinel-2 -----------------------------------------------------------------------------
+
+
+def make_sentinel2(packages: Path | None) -> None:
+    """Write sentinel2.npz."""
+    with np.load(fetch("sentinel2", downloads=packages) / "sentinel2_300x300.npz") as arrays:
+        data, bands = arrays["data"], arrays["bands"]
+    path = SAMPLES / "sentinel2.npz"
+    save_reproducibly(path, {"data": data, "bands": bands})
+    print(path, data.shape, path.stat().st_size, "bytes")
+
+
 def main() -> None:
     """Write the samples asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    samples = ("mnist", "brains", "hippocampi")
+    samples = ("mnist", "brains", "hippocampi", "sentinel2")
     parser.add_argument(
         "samples", nargs="*", metavar="SAMPLE", help=f"{', '.join(samples)}; all if none"
     )
@@ -302,6 +317,8 @@ def main() -> None:
         make_brains(arguments.packages)
     if "hippocampi" in wanted:
         make_hippocampi(arguments.packages)
+    if "sentinel2" in wanted:
+        make_sentinel2(arguments.packages)
 
 
 if __name__ == "__main__":

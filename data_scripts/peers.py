@@ -101,9 +101,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 class Watch:
-    """Wall-clock and CPU seconds, all threads together, of what is done inside."""
+    """Wall-clock and CPU seconds, all threads together, of what is done inside; and notes on it."""
 
     def __enter__(self) -> Watch:
+        self.notes: dict[str, Any] = {}
         self.begin = time.perf_counter(), time.process_time()
         return self
 
@@ -122,8 +123,8 @@ def run_antspyx(moving: str, fixed: str, field: str, settings: dict[str, Any]) -
     # The function's own random_seed is ignored (0.6.3): only that of the configuration counts.
     ants.config._random_seed = settings["seed"]
     images = {"moving": ants.image_read(moving), "fixed": ants.image_read(fixed)}
-    options = dict(settings["registration"])
-    options["reg_iterations"] = tuple(options["reg_iterations"])
+    given = settings["registration"]
+    options = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     with tempfile.TemporaryDirectory() as folder:
         with Watch() as watch:
             found = ants.registration(**images, outprefix=f"{folder}/", **options)
@@ -138,20 +139,25 @@ def run_antspyx(moving: str, fixed: str, field: str, settings: dict[str, Any]) -
 
 
 def sitk_affine(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
-    """Mattes' mutual information, regular-step gradient descent, coarse to fine."""
+    """Regular-step gradient descent, coarse to fine; Mattes' mutual information unless it says."""
     import SimpleITK as sitk
 
+    d = fixed.GetDimension()
+    rigid = sitk.Euler2DTransform() if d == 2 else sitk.Euler3DTransform()
     start = sitk.CenteredTransformInitializer(
         fixed,
         moving,
-        sitk.AffineTransform(fixed.GetDimension()),
+        rigid if settings.get("rigid") else sitk.AffineTransform(d),
         {
             "moments": sitk.CenteredTransformInitializerFilter.MOMENTS,
             "geometry": sitk.CenteredTransformInitializerFilter.GEOMETRY,
         }[settings["initialise"]],
     )
     method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsMattesMutualInformation(settings["bins"])
+    if settings.get("metric") == "mean squares":
+        method.SetMetricAsMeanSquares()
+    else:
+        method.SetMetricAsMattesMutualInformation(settings["bins"])
     if settings["sampling"] < 1:
         method.SetMetricSamplingStrategy(method.REGULAR)
         method.SetMetricSamplingPercentage(settings["sampling"])
@@ -161,6 +167,7 @@ def sitk_affine(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
         minStep=settings["minimum_step"],
         numberOfIterations=settings["iterations"],
         relaxationFactor=settings["relaxation"],
+        gradientMagnitudeTolerance=settings.get("gradient_tolerance", 1e-4),
     )
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetShrinkFactorsPerLevel(settings["shrink"])
@@ -241,8 +248,39 @@ def sitk_displacement(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
     return method.Execute(fixed, moving)
 
 
+def sitk_bspline(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
+    """Free-form deformation by Mattes' mutual information; every level halves the lattice's cells.
+
+    Rueckert et al., IEEE TMI 1999, doi:10.1109/42.796284.
+    """
+    import SimpleITK as sitk
+
+    sides = [n * s for n, s in zip(fixed.GetSize(), fixed.GetSpacing(), strict=True)]
+    cells = [max(round(side / settings["coarsest_cell_mm"]), 1) for side in sides]
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(settings["bins"])
+    if settings["sampling"] < 1:
+        method.SetMetricSamplingStrategy(method.REGULAR)
+        method.SetMetricSamplingPercentage(settings["sampling"])
+    method.SetInterpolator(sitk.sitkLinear)
+    # Of ITK's L-BFGS this is the one that takes a lattice that grows.
+    method.SetOptimizerAsLBFGS2(
+        solutionAccuracy=settings["accuracy"],
+        numberOfIterations=settings["iterations"],
+    )
+    method.SetShrinkFactorsPerLevel(settings["shrink"])
+    method.SetSmoothingSigmasPerLevel(settings["sigma_voxels"])
+    method.SetSmoothingSigmasAreSpecifiedInPhysicalUnits(False)
+    method.SetInitialTransformAsBSpline(
+        sitk.BSplineTransformInitializer(fixed, cells, order=3),
+        inPlace=False,
+        scaleFactors=[2**level for level in range(len(settings["shrink"]))],
+    )
+    return method.Execute(fixed, moving)
+
+
 def run_simpleitk(moving: str, fixed: str, field: str, settings: dict[str, Any]) -> Watch:
-    """Affine, then demons on the moving image resampled with it; or a displacement field alone."""
+    """Affine, then demons or a B-spline on the image resampled with it; or a displacement field."""
     import SimpleITK as sitk
 
     m, f = (sitk.ReadImage(path, sitk.sitkFloat32) for path in (moving, fixed))
@@ -254,6 +292,8 @@ def run_simpleitk(moving: str, fixed: str, field: str, settings: dict[str, Any])
         if "demons" in settings:
             u = sitk_demons(sitk_resample(m, f, whole[0]), f, settings["demons"])
             whole.append(sitk.DisplacementFieldTransform(sitk.Cast(u, sitk.sitkVectorFloat64)))
+        if "bspline" in settings:
+            whole.append(sitk_bspline(sitk_resample(m, f, whole[0]), f, settings["bspline"]))
     sitk_write(whole, f, field)
     return watch
 
@@ -331,11 +371,14 @@ def serve(runners: dict[str, Runner]) -> None:
     """Answer requests until the input ends.
 
     A request names ``settings``, whose ``package`` chooses the runner, and the files ``moving``,
-    ``fixed`` and ``field``. The answer holds ``seconds`` and ``cpu_seconds``, or ``error``.
+    ``fixed`` and ``field``. The answer: ``seconds``, ``cpu_seconds`` and ``notes``, or ``error``.
     """
     if hasattr(os, "sched_setaffinity"):
         threads = int(os.environ.get("OMP_NUM_THREADS", THREADS))
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        # Of several processes at work at a time, each keeps to cores of its own.
+        first = threads * int(os.environ.get("REGLIB_PLACE", 0))
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[first : first + threads] or cores)
     with own_output() as out:
         for line in sys.stdin:
             request = json.loads(line)
@@ -345,6 +388,7 @@ def serve(runners: dict[str, Runner]) -> None:
             try:
                 watch = runners[settings["package"]](*paths, settings)
                 answer = {"seconds": watch.seconds, "cpu_seconds": watch.cpu_seconds}
+                answer |= {"notes": watch.notes} if watch.notes else {}
             except Exception as error:
                 traceback.print_exc()
                 answer = {"error": f"{type(error).__name__}: {error}"}

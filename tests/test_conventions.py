@@ -1,6 +1,7 @@
 """One test per rule of the conventions page, by its number."""
 
 import ast
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -423,7 +424,9 @@ def test_rule_14_the_library_never_seeds_and_generators_decide():
     for path in SOURCES:
         # The command line is a program: it seeds for the time of one command, and restores.
         if "cli" not in path.parts:
-            assert "manual_seed(" not in path.read_text(encoding="utf-8"), path.name
+            # A generator of one's own is what the rule wants; everybody's is not to be touched.
+            text = path.read_text(encoding="utf-8").replace("torch.Generator().manual_seed(", "")
+            assert not re.search(r"manual_seed\(|random\.seed\(", text), path.name
     images, labels = torch.rand(12, 1, 4, 4), torch.arange(12) % 3
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -8,6 +8,8 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +18,14 @@ from scipy import ndimage
 from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor, nn
 
-from reglib.geometry.sampling import warp
+from reglib.data import datasets
+from reglib.geometry.sampling import warp, warp_labels
 from reglib.geometry.smoothing import gaussian_smooth
 from reglib.methods import fcn
 from reglib.methods.classical import Velocity
 from reglib.methods.network import Network
 from reglib.methods.pair import Iterate
+from reglib.objectives.metrics import dice
 from reglib.objectives.similarity import ncc
 from reglib.registration import register
 from reglib.synth import gaussian_diffeomorphism
@@ -634,3 +638,44 @@ def test_broken_weight_files_are_refused(tmp_path) -> None:
         save_weights(network, path, card)
         with pytest.raises(ValueError, match=f"path: wanted .* {path}"):
             fcn.load(path)
+
+
+def test_the_network_that_travels_registers_boxes_of_brains_it_has_not_seen() -> None:
+    """Overlap rises for every pair and the known field is nearer; the pair's way back does neither.
+
+    The two boxes are from other brains and other programs than the 150 it was trained on, so this
+    asks for half of what was measured when it was embedded: 0.07 of Dice and 0.7 voxels.
+    """
+    network = fcn.load_pretrained()
+    assert not network.training
+    generator = torch.Generator().manual_seed(41)
+    members = datasets.hippocampus(count=8, generator=generator)
+    gained, nearer = [], []
+    for a, b in ((0, 4), (1, 5), (2, 6), (3, 7)):
+        moving, fixed = members.images[a : a + 1], members.images[b : b + 1]
+        truth, inside = members.field(a, b), members.labels[b : b + 1] == 1
+        with torch.no_grad():
+            found, back = network(moving, fixed).field, network(fixed, moving).field
+        overlap, error = [], []
+        for u in (torch.zeros_like(found), found, back):
+            warped_labels = warp_labels(members.labels[a : a + 1], u)
+            overlap.append(dice(warped_labels, members.labels[b : b + 1], labels=[1]).item())
+            error.append((u - truth).norm(dim=1, keepdim=True)[inside].mean().item())
+        assert overlap[2] < overlap[0]
+        assert error[2] > error[0]
+        gained.append(overlap[1] - overlap[0])
+        nearer.append(error[0] - error[1])
+    assert min(gained) > 0.025, gained
+    assert sum(gained) / 4 > 0.035, gained
+    assert sum(nearer) / 4 > 0.3, nearer
+
+
+def test_the_network_that_travels_says_where_it_comes_from() -> None:
+    """Below 2 MB in half precision, with a model card beside it; the seed and steps in the file."""
+    path = Path(str(resources.files("reglib.methods"))) / fcn.WEIGHTS
+    assert len(path.read_bytes()) < 2 * 2**20
+    assert "Antonelli" in path.with_suffix(".md").read_text(encoding="utf-8")
+    card = fcn.load_pretrained().card
+    assert card["training"]["steps"] > 0
+    assert card["input"]["spacing"] == [1.0, 1.0, 1.0]
+    assert {"trained_on", "licence", "seed", "seconds", "provenance", "script"} <= card.keys()

@@ -37,7 +37,8 @@ SHAPE = (16, 24, 16)
 def work(tmp_path, monkeypatch):
     """An empty folder for what the script writes, and nothing that was read before."""
     files = {"PACKED": "boxes.npz", "TRAINING": "training.json", "CALIBRATION": "steps.json"}
-    for name, file in (files | {"WORK": "."}).items():
+    files |= {"WEIGHTS": "embedded.safetensors", "WORK": "."}
+    for name, file in files.items():
         monkeypatch.setattr(networks, name, tmp_path / file)
     monkeypatch.setattr(script, "WORK", tmp_path)
     functions = (networks.load, networks.trained, networks.steps_of)
@@ -211,7 +212,7 @@ def test_a_trained_network_comes_back_from_its_file_and_registers(boxes, monkeyp
     assert record["settings"]["steps"] == 2
     assert len(record["loss"]) == 2
     assert set(record["ncc"]) == {"train", "validation"}
-    path = script.weights_of(name, 0)
+    path = networks.weights_of(name, 0)
     network = script.trained(str(path))
     assert network.card["loss"]["similarity"] == ("ncc" if name == "FCN" else "lncc")
     assert network.card["input"]["quantile"] == 0.99
@@ -231,10 +232,13 @@ def test_a_trained_network_comes_back_from_its_file_and_registers(boxes, monkeyp
 
 def test_the_embedded_network_is_the_trained_one_in_half_precision(boxes, monkeypatch):
     monkeypatch.setattr(networks, "NETWORKS", small_networks())
-    monkeypatch.setattr(networks, "WEIGHTS", script.WORK / "embedded.safetensors")
-    networks.train(networks.EMBEDDED, 0, 2)
+    record = networks.train(networks.EMBEDDED, 0, 2)
     networks.embed()
-    trained = script.trained(str(script.weights_of(networks.EMBEDDED, 0)))
+    assert networks.registering(networks.EMBEDDED, 0) == networks.WEIGHTS
+    assert networks.registering("FCN", 0) == networks.weights_of("FCN", 0)
+    told = networks.embedded_record()
+    assert told == {name: record[name] for name in told}
+    trained = script.trained(str(networks.weights_of(networks.EMBEDDED, 0)))
     embedded = fcn.load(networks.WEIGHTS)
     for name, value in trained.state_dict().items():
         assert torch.equal(embedded.state_dict()[name], value.half().float())

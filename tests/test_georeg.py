@@ -156,7 +156,7 @@ def test_attention_equals_keys_and_values_formed_per_neighbour() -> None:
         attention.value(x),
         attn_mask=inside.unsqueeze(-2),
     ).squeeze(-2)
-    weights, values = attention.attend(points, neighbours, relative, inside)
+    weights, values = attention.plain(points, neighbours, relative, inside)
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5).double())
 
@@ -311,10 +311,10 @@ def test_neighbours_beyond_the_border_get_no_attention() -> None:
     points, neighbours = torch.randn(1, 3, 4), torch.randn(1, 3, 9, 4)
     relative, inside = torch.randn(1, 3, 9, 2), torch.rand(1, 3, 9) > 0.5
     inside[..., 0] = True
-    weights, values = attention.attend(points, neighbours, relative, inside)
+    weights, values = attention.plain(points, neighbours, relative, inside)
     check_padding_is_ignored(weights, inside)
     garbage = neighbours.masked_fill(~inside.unsqueeze(-1), 1e6)
-    torch.testing.assert_close(attention.attend(points, garbage, relative, inside)[1], values)
+    torch.testing.assert_close(attention.plain(points, garbage, relative, inside)[1], values)
 
     x = neighbours + attention.position(relative)
     logits = (attention.query(points).unsqueeze(-2) * attention.key(x)).sum(-1) / 2
@@ -332,7 +332,8 @@ def test_gradients_reach_the_neighbours(dimensions: int) -> None:
     def check(cut: Callable[[Tensor], Tensor]) -> None:
         neighbours = torch.randn(1, 3, 5, 4, requires_grad=True)
         relative = torch.randn(1, 3, 5, dimensions, requires_grad=True)
-        attention(points, cut(neighbours), cut(relative), inside).sum().backward()
+        _, attended = attention.plain(points, cut(neighbours), cut(relative), inside)
+        attention.move(points, attended).sum().backward()
         for tensor in (neighbours, relative):
             assert tensor.grad is not None
             assert (tensor.grad.abs().amax((0, 1, 3)) > 0).all()

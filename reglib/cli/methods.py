@@ -30,6 +30,7 @@ class Name(StrEnum):
     DISPLACEMENT = "displacement"
     SVF = "svf"
     BSPLINE = "bspline"
+    INR = "inr"
     GEOREG = "georeg"
     FCN = "fcn"
     DIP = "dip"
@@ -41,6 +42,13 @@ class Transform(StrEnum):
     RIGID = "rigid"
     AFFINE = "affine"
     DEFORMABLE = "deformable"
+
+
+class Modality(StrEnum):
+    """What ``--modality`` takes."""
+
+    SINGLE = "single"
+    MULTI = "multi"
 
 
 class Start(StrEnum):
@@ -106,7 +114,8 @@ class _Loaded(NamedTuple):
 class _Kind(NamedTuple):
     """A method: how it is made, what it finds, and what it starts from unless told otherwise.
 
-    What has weights says how they are read: from a file, or those of the package.
+    What finds something else ``also`` is told which in its settings. What has weights says how they
+    are read: from a file, or those of the package.
     """
 
     make: Callable[[dict[str, Any], nn.Module | None], Method | nn.Module]
@@ -115,6 +124,7 @@ class _Kind(NamedTuple):
     starts: tuple[Start, ...] = tuple(Start)
     compares: bool = True
     load: Callable[[str | None], _Loaded] | None = None
+    also: tuple[Transform, ...] = ()
 
 
 def _rigid(settings: dict[str, Any], _: nn.Module | None = None) -> Method:
@@ -145,6 +155,24 @@ def _bspline(settings: dict[str, Any], _: nn.Module | None) -> Method:
     from reglib.methods.classical import BSpline
 
     return _made(BSpline, settings)
+
+
+def _inr(settings: dict[str, Any], _: nn.Module | None) -> Method:
+    import torch
+
+    from reglib.methods.inr import PRESETS
+
+    deformable = settings.pop("transform") is Transform.DEFORMABLE
+    fitting = [name for name, preset in PRESETS.items() if preset.rigid is not deformable]
+    name = settings.pop("preset", "deformable" if deformable else "robust")
+    if name not in fitting:
+        raise ValueError(f"preset: wanted one of {', '.join(fitting)}, got {name}")
+    preset = PRESETS[name]
+    # That of --seed: plans are made under it.
+    values = _typed(type(preset), {"seed": torch.initial_seed()} | settings)
+    if "similarity" in values and preset.search is not None:
+        values["search"] = dataclasses.replace(preset.search, similarity=values["similarity"])
+    return dataclasses.replace(preset, **values)
 
 
 def _georeg(settings: dict[str, Any], network: nn.Module | None) -> nn.Module:
@@ -252,14 +280,19 @@ def fcn_loss(words: Mapping[str, Any]) -> Callable[..., dict[str, torch.Tensor]]
 
 def _made(method: type[T], settings: dict[str, Any]) -> T:
     """A method with settings, of which those that were typed in are text."""
-    known = {f.name: str(f.type) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    return method(**_typed(method, settings))
+
+
+def _typed(method: type, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a method with what their text means."""
+    known = {f.name: str(f.type) for f in dataclasses.fields(method)}
     unknown = [name for name in settings if name not in known]
     if unknown:
-        # Functions cannot be typed in.
-        words = [name for name in known if name not in ("similarity", "regularity", "network")]
+        # Neither functions nor networks can be typed in.
+        functions = ("similarity", "regularity", "network", "image", "motion", "search")
+        words = [name for name in known if name not in functions]
         raise ValueError(f"wanted settings out of {', '.join(words)}, got {', '.join(unknown)}")
-    values = {name: _value(x, known[name]) for name, x in settings.items()}
-    return method(**values)
+    return {name: _value(x, known[name]) for name, x in settings.items()}
 
 
 def _value(value: Any, kind: str) -> Any:
@@ -280,6 +313,7 @@ METHODS: dict[Name, _Kind] = {
     Name.DISPLACEMENT: _Kind(_displacement, Transform.DEFORMABLE, Start.AFFINE),
     Name.SVF: _Kind(_velocity, Transform.DEFORMABLE, Start.AFFINE),
     Name.BSPLINE: _Kind(_bspline, Transform.DEFORMABLE, Start.AFFINE),
+    Name.INR: _Kind(_inr, Transform.RIGID, also=(Transform.DEFORMABLE,)),
     Name.GEOREG: _Kind(_georeg, Transform.DEFORMABLE, compares=False, load=_load_georeg),
     Name.FCN: _Kind(_fcn, Transform.DEFORMABLE, load=_load_fcn),
     Name.DIP: _Kind(_dip, Transform.DEFORMABLE, Start.AFFINE),
@@ -301,8 +335,8 @@ def plan(wish: Wish, device: torch.device) -> Plan:
         OSError, ValueError: if a file of weights cannot be read, or does not hold the network.
     """
     name, kind = wish.method, METHODS[wish.method]
-    if wish.transform not in (None, kind.finds):
-        others = ", ".join(n for n, k in METHODS.items() if k.finds is wish.transform)
+    if wish.transform not in (None, kind.finds, *kind.also):
+        others = ", ".join(n for n, k in METHODS.items() if wish.transform in (k.finds, *k.also))
         raise typer.BadParameter(
             f"wanted {kind.finds}, which is what the method {name} finds, got {wish.transform}"
             f" (found by {others})",
@@ -314,13 +348,19 @@ def plan(wish: Wish, device: torch.device) -> Plan:
         raise typer.BadParameter(
             f"wanted {choices} for the method {name}, got {start}", param_hint="--start"
         )
+    settings: dict[str, Any] = dict(_split(text) for text in wish.settings)
+    if "modality" in settings and name is not Name.INR:
+        raise typer.BadParameter(
+            f"wanted none for the method {name}, got {settings['modality']}",
+            param_hint="--modality",
+        )
     methods: list[Method | nn.Module] = []
     if start is not Start.NONE:
         # Images of different kinds need a measure that allows for it from the beginning.
         other_kind = wish.similarity in (Similarity.MI, Similarity.MIND)
+        other_kind |= settings.get("modality") == Modality.MULTI
         first = {"similarity": similarity_function(Similarity.MI)} if other_kind else {}
         methods.append((_rigid if start is Start.RIGID else _affine)(first))
-    settings: dict[str, Any] = dict(_split(text) for text in wish.settings)
     weights = settings.pop("weights", None)
     if weights is not None and kind.load is None:
         raise typer.BadParameter(
@@ -335,6 +375,8 @@ def plan(wish: Wish, device: torch.device) -> Plan:
                 param_hint="--similarity",
             )
         settings["similarity"] = similarity_function(wish.similarity)
+    if kind.also:
+        settings["transform"] = wish.transform or kind.finds
     loaded = None if kind.load is None else kind.load(weights)
     network = None if loaded is None else loaded.network.to(device)
     try:

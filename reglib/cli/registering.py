@@ -20,7 +20,7 @@ import typer
 
 from reglib.cli import images
 from reglib.cli.evaluating import as_values
-from reglib.cli.methods import Name, Plan, Similarity, Start, Transform, Wish, plan
+from reglib.cli.methods import Modality, Name, Plan, Similarity, Start, Transform, Wish, plan
 from reglib.cli.running import Debug, LabelMode, LabelModes, Nonfinite, in_sentences, say
 
 if TYPE_CHECKING:
@@ -173,13 +173,22 @@ def register(
             "another is an error.",
         ),
     ] = None,
+    modality: Annotated[
+        Modality | None,
+        typer.Option(
+            "--modality",
+            help="For inr: whether both images show the same intensities (single, the default) or "
+            "not (multi); the same as --set modality=multi.",
+        ),
+    ] = None,
     similarity: Annotated[
         Similarity | None,
         typer.Option(
             "--similarity",
             help="What the method optimises. Default: ncc for rigid and affine, lncc in windows of "
             "5 voxels for the deformable ones, the mean absolute error for dip. mi and mind are "
-            "for images of different kinds; their start takes mi, that of the others ncc.",
+            "for images of different kinds; their start takes mi, that of the others ncc. inr: "
+            "what its search and its choice go by (mind).",
         ),
     ] = None,
     settings: Annotated[
@@ -298,6 +307,8 @@ def register(
     words = list(settings or ())
     if weights is not None:
         words.append(f"weights={weights.absolute()}")  # workers may be in another folder
+    if modality is not None:
+        words.append(f"modality={modality}")
     wish = Wish(method, transform, start, similarity, tuple(words))
     request = Request(wish, label_mode, nonfinite, device, seed)
     if pairs is not None:

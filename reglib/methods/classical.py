@@ -65,7 +65,7 @@ _LNCC = partial(lncc, window=5)
 # --- What all of them share -----------------------------------------------------------------
 
 
-class _Level(NamedTuple):
+class Level(NamedTuple):
     """Both images of a pair at one resolution."""
 
     size: float
@@ -78,6 +78,7 @@ class _Level(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the fixed image."""
         return tuple(self.fixed.shape[2:])
 
     @property
@@ -102,7 +103,7 @@ class _Level(NamedTuple):
         return warped, fixed, weight
 
 
-def _normalised(pair: Pair) -> Pair:
+def normalised(pair: Pair) -> Pair:
     """Both images shifted and scaled alike, to mean 0 and variance 1 between them, per sample.
 
     So a tolerance means the same for every pair, while equal intensities stay equal whatever else
@@ -137,7 +138,7 @@ def _continue(image: Tensor, mask: Tensor, sigma: Sequence[float]) -> Tensor:
     return image.where(inside > 0, gaussian_smooth(image * inside, sigma) / share)
 
 
-def _level(pair: Pair, size: float) -> _Level:
+def make_level(pair: Pair, size: float) -> Level:
     """A normalised pair in voxels of at least ``size`` mm."""
     tensors, affines, masks = [], [], []
     for image, affine, mask in (
@@ -157,10 +158,10 @@ def _level(pair: Pair, size: float) -> _Level:
         affines.append(new_affine)
         masks.append(mask)
     inside = torch.ones_like(tensors[0][:, :1]) if masks[0] is None else masks[0]
-    return _Level(size, tensors[0], tensors[1], affines[0], affines[1], inside, masks[1])
+    return Level(size, tensors[0], tensors[1], affines[0], affines[1], inside, masks[1])
 
 
-def _sizes(pair: Pair, levels: Sequence[float] | None, *, voxels: int | None) -> list[float]:
+def level_sizes(pair: Pair, levels: Sequence[float] | None, *, voxels: int | None) -> list[float]:
     """The levels in mm, coarse to fine: those asked for, or three from the finest that is useful.
 
     ``voxels`` bounds the size of the finest grid.
@@ -326,9 +327,9 @@ class Affine:
 
 def _align(method: Rigid | Affine, pair: Pair, rigid: tuple[bool, ...]) -> Iterator[Iterate]:
     """Coarse to fine; the coarsest level runs each of ``rigid`` in turn, the others the last."""
-    start, pair = pair.affine, _normalised(pair)
-    for number, size in enumerate(_sizes(pair, method.levels, voxels=AFFINE_VOXELS)):
-        level = _level(pair, size)
+    start, pair = pair.affine, normalised(pair)
+    for number, size in enumerate(level_sizes(pair, method.levels, voxels=AFFINE_VOXELS)):
+        level = make_level(pair, size)
         u = carry_field(pair.field, pair.fixed_affine, level.fixed_affine, level.shape)
         if number == 0 and method.initialise == "moments":
             start = _best_start(level, start, u, method.similarity)
@@ -341,7 +342,7 @@ def _align(method: Rigid | Affine, pair: Pair, rigid: tuple[bool, ...]) -> Itera
 
 def _descend_affine(
     method: Rigid | Affine,
-    level: _Level,
+    level: Level,
     start: Tensor,
     u: Tensor,
     field: Tensor,
@@ -390,29 +391,37 @@ def _descend_affine(
         )
 
 
-def _best_start(level: _Level, start: Tensor, u: Tensor, similarity: Similarity) -> Tensor:
-    """Per sample the start that fits best: its own, centres of mass, principal axes."""
-    identity = torch.eye(start.shape[1], dtype=start.dtype)
-    own = [not torch.equal(a, identity) or bool(v.any()) for a, v in zip(start, u, strict=True)]
+def loss_of(level: Level, matrix: Tensor, u: Tensor, similarity: Similarity) -> Tensor:
+    """The similarity at ``A(x + u(x))``, ``(B,)`` on the CPU; infinite where images hardly meet.
+
+    Args:
+        level: at which they are compared.
+        matrix: A, ``(B, D+1, D+1)``, world mm.
+        u: ``(B, D, *S)`` on the level's fixed grid, in its voxels.
+        similarity: of (warped, fixed), ``weight``, ``reduction``.
+    """
 
     def volume(weight: Tensor, affine: Tensor) -> Tensor:
         return (weight > 0).flatten(1).sum(1) * float(torch.linalg.det(affine).abs())
 
     mask = torch.ones_like(u[:, :1]) if level.fixed_mask is None else level.fixed_mask
     # The smaller of the two cannot cover more of the other.
-    whole_volume = torch.minimum(
+    smaller = torch.minimum(
         volume(mask, level.fixed_affine), volume(level.moving_mask, level.moving_affine)
     )
+    whole = whole_field(matrix.to(u.device), u, level.fixed_affine, level.moving_affine)
+    warped, fixed, weight = level.look(whole)
+    loss = similarity(warped, fixed, weight=weight, reduction="none")
+    overlap = volume(weight, level.fixed_affine) / smaller
+    return loss.where(overlap >= LEAST_OVERLAP, torch.full_like(loss, math.inf)).cpu()
+
+
+def _best_start(level: Level, start: Tensor, u: Tensor, similarity: Similarity) -> Tensor:
+    """Per sample the start that fits best: its own, centres of mass, principal axes."""
+    identity = torch.eye(start.shape[1], dtype=start.dtype)
+    own = [not torch.equal(a, identity) or bool(v.any()) for a, v in zip(start, u, strict=True)]
     candidates = [start, *_moment_starts(level)]
-    losses = []
-    for candidate in candidates:
-        matrix = candidate.to(u.device)
-        whole = whole_field(matrix, u, level.fixed_affine, level.moving_affine)
-        warped, fixed, weight = level.look(whole)
-        loss = similarity(warped, fixed, weight=weight, reduction="none").cpu()
-        overlap = (volume(weight, level.fixed_affine) / whole_volume).cpu()
-        losses.append(loss.where(overlap >= LEAST_OVERLAP, torch.full_like(loss, math.inf)))
-    table = torch.stack(losses)
+    table = torch.stack([loss_of(level, matrix, u, similarity) for matrix in candidates])
     table[1:, own] = math.inf
     table[0] -= 1e-5  # roundings shall not choose another start
     # Where nothing overlaps enough, the centres of mass are the best guess.
@@ -421,7 +430,7 @@ def _best_start(level: _Level, start: Tensor, u: Tensor, similarity: Similarity)
     return torch.stack([candidates[k][i] for i, k in enumerate(chosen.tolist())])
 
 
-def _moment_starts(level: _Level) -> list[Tensor]:
+def _moment_starts(level: Level) -> list[Tensor]:
     """Rigid maps that bring the centres of mass together, and the principal axes."""
     fixed_centre, fixed_axes = _moments(level.fixed, level.fixed_mask, level.fixed_affine)
     moving_centre, moving_axes = _moments(level.moving, level.moving_mask, level.moving_affine)
@@ -567,13 +576,13 @@ class BSpline:
 
 
 #: A model of deformation at a level: made of the level and the distance of its nodes.
-_Model = Callable[["_Level", float], "_Nodes | _Lattice"]
+_Model = Callable[["Level", float], "_Nodes | _Lattice"]
 
 
 class _Nodes:
     """Vectors on a grid of nodes; ``to_field`` makes the displacement of them."""
 
-    def __init__(self, level: _Level, nodes: float, to_field: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, level: Level, nodes: float, to_field: Callable[[Tensor], Tensor]) -> None:
         self.level, self.to_field = level, to_field
         self.apart = [s * nodes for s in level.spacing]
         self.grid, self.shape = conform_grid(level.fixed_affine, level.shape, spacing=self.apart)
@@ -598,7 +607,7 @@ class _Nodes:
 class _Lattice:
     """Control points of a B-spline, a whole number of the level's voxels apart."""
 
-    def __init__(self, level: _Level, nodes: float) -> None:
+    def __init__(self, level: Level, nodes: float) -> None:
         self.level, self.stride = level, int(nodes)
 
     def begin(self, state: Tensor, grid: Tensor) -> Tensor:
@@ -640,7 +649,7 @@ def _deform(
 
     What the pair has been displaced by before stays, underneath: ``A(x + u0(x + u(x)))``.
     """
-    pair = _normalised(pair)
+    pair = normalised(pair)
     matrix = pair.affine.to(pair.field)
     before = pair.field if bool(pair.field.any()) else None
     state, grid = torch.zeros_like(pair.field), pair.fixed_affine
@@ -650,14 +659,14 @@ def _deform(
         u = carry_field(*model.field(best), pair.fixed_affine, shape)
         return pair.affine, u.clone() if before is None else compose(before, u)
 
-    for size in _sizes(pair, method.levels, voxels=None):
-        level = _level(pair, size)
+    for size in level_sizes(pair, method.levels, voxels=None):
+        level = make_level(pair, size)
         model = make(level, method.nodes)
         under = None
         if before is not None:
             under = carry_field(before, pair.fixed_affine, level.fixed_affine, level.shape)
 
-        def on_level(p: Tensor, level: _Level = level, model: _Nodes | _Lattice = model) -> Tensor:
+        def on_level(p: Tensor, level: Level = level, model: _Nodes | _Lattice = model) -> Tensor:
             return carry_field(*model.field(p), level.fixed_affine, level.shape)
 
         start = model.begin(state, grid)

@@ -47,6 +47,7 @@ from reglib.geometry.fields import upsample_field
 from reglib.geometry.grid import identity_grid, sample
 from reglib.geometry.sampling import transform_grid, warp
 from reglib.geometry.smoothing import pool, pyramid
+from reglib.methods.neighbours import Neighbours, attend, first_nodes, flat_index, offsets
 from reglib.objectives.regularity import bending
 from reglib.objectives.similarity import ncc
 from reglib.weights import load_weights, save_weights
@@ -131,7 +132,9 @@ class NeighbourAttention(nn.Module):
 
     q_i = W_Q f_i, k_ij = W_K (f_j + gamma(r_ij)), v_ij = W_V (f_j + gamma(r_ij)),
     d_i = head(sum_j softmax_j(q_i . k_ij / sqrt(C)) v_ij). Keys and values are never formed per
-    neighbour: q . W_K x = (W_K^T q) . x, and the sum over j goes before W_V.
+    neighbour: q . W_K x = (W_K^T q) . x, and the sum over j goes before W_V. What is summed over j
+    is :func:`reglib.methods.neighbours.attend`, which keeps nothing per neighbour either;
+    :meth:`plain` is the same written out, and gives the weights.
     """
 
     def __init__(self, dimensions: int, channels: int, fourier_scale: float) -> None:
@@ -150,7 +153,15 @@ class NeighbourAttention(nn.Module):
         nn.init.xavier_uniform_(displacement.weight, gain=0.01)  # starts near the identity
         self.head = nn.Sequential(nn.Linear(channels, 2 * channels), nn.ReLU(), displacement)
 
-    def attend(
+    def forward(self, points: Tensor, neighbours: Neighbours) -> Tensor:
+        """Displacements ``(B, P, D)`` of points with features ``(B, P, C)``."""
+        attended = attend(self._asked(points), neighbours, self.position.frequencies)
+        return self.move(points, self.value(attended))
+
+    def _asked(self, points: Tensor) -> Tensor:
+        return self.query(points) @ self.key.weight / math.sqrt(points.shape[-1])
+
+    def plain(
         self, points: Tensor, neighbours: Tensor, relative: Tensor, inside: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Attention weights ``(B, P, K)`` and the attended values ``(B, P, C)``.
@@ -162,24 +173,15 @@ class NeighbourAttention(nn.Module):
             inside: ``(B, P, K)``, False for neighbours beyond the border, which get weight 0.
         """
         x = neighbours + self.position(relative)
-        q = self.query(points) @ self.key.weight / math.sqrt(points.shape[-1])
         # Products and sums: a batched matrix product of such small blocks takes twice the time.
-        logits = (x * q.unsqueeze(-2)).sum(-1)
+        logits = (x * self._asked(points).unsqueeze(-2)).sum(-1)
         weights = logits.masked_fill(~inside, -math.inf).softmax(-1)
         return weights, self.value((weights.unsqueeze(-1) * x).sum(-2))
 
-    def forward(
-        self, points: Tensor, neighbours: Tensor, relative: Tensor, inside: Tensor
-    ) -> Tensor:
-        """Displacements ``(B, P, D)``; arguments as :meth:`attend`."""
-        h = self.norm_attention(points + self.attend(points, neighbours, relative, inside)[1])
+    def move(self, points: Tensor, attended: Tensor) -> Tensor:
+        """Displacements ``(B, P, D)``, of the points and what they attended to."""
+        h = self.norm_attention(points + attended)
         return self.head(self.norm_mix(h + self.mix(h)))
-
-
-def _offsets(size: int, dimensions: int, like: Tensor) -> Tensor:
-    """``(size**D, D)``: 0, 1 along each axis for size 2; -1, 0, 1 for size 3; -1 to 2 for 4."""
-    reach = torch.arange(size, dtype=like.dtype, device=like.device) - (size - 1) // 2
-    return torch.cartesian_prod(*(reach,) * dimensions).view(-1, dimensions)
 
 
 def neighbourhood(centre: Tensor, size: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,16 +199,9 @@ def neighbourhood(centre: Tensor, size: int, shape: Sequence[int]) -> tuple[Tens
         Positions of the nodes ``(B, P, K, D)``, their flat indices ``(B, P, K)`` (0 where there is
         no node), and whether they lie inside the grid ``(B, P, K)``.
     """
-    last = torch.tensor([n - 1 for n in shape], dtype=centre.dtype, device=centre.device)
-    start = centre.round() if size % 2 else centre.floor()
-    # The last cell starts one node before the last node.
-    final = last if size % 2 else (last - 1).clamp(min=0)
-    start = start.clamp(min=torch.zeros_like(last), max=final)
-    nodes = start.unsqueeze(-2) + _offsets(size, len(shape), centre)
-    inside = ((nodes >= 0) & (nodes <= last)).all(-1)
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    stride = torch.tensor(strides, dtype=torch.long, device=centre.device)
-    return nodes, (nodes.long() * stride).sum(-1) * inside, inside
+    start = first_nodes(centre, size, shape)
+    nodes = start.unsqueeze(-2) + offsets(size, len(shape), centre)
+    return nodes, *flat_index(nodes, shape)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:
@@ -251,9 +246,9 @@ class Refinement(nn.Module):
         shape = field.shape[2:]
         centre = _points(transform_grid(field))
         if self.warp_features:
-            offsets = _offsets(self.size, len(shape), centre)
-            relative = offsets.expand(*centre.shape[:2], *offsets.shape)
-            place = (centre.unsqueeze(-2) + offsets).movedim(-1, 1)
+            steps = offsets(self.size, len(shape), centre)
+            relative = steps.expand(*centre.shape[:2], *steps.shape)
+            place = (centre.unsqueeze(-2) + steps).movedim(-1, 1)
             place = place.reshape(*place.shape, *(1,) * (field.ndim - place.ndim))
             seen = sample(moving, place).flatten(3).movedim(1, -1)
             return seen, relative, torch.ones_like(relative[..., 0], dtype=torch.bool)
@@ -266,8 +261,17 @@ class Refinement(nn.Module):
 
     def forward(self, moving: Tensor, fixed: Tensor, field: Tensor) -> Tensor:
         """Features ``(B, C, *S_l)`` of both images and the field so far -> the next field."""
-        step = self.attention(_points(fixed), *self.look(moving, field))
-        return field + _grid(step, field.shape[2:])
+        points, shape = _points(fixed), field.shape[2:]
+        if self.warp_features:
+            step = self.attention.move(
+                points, self.attention.plain(points, *self.look(moving, field))[1]
+            )
+        else:
+            centre = _points(transform_grid(field))
+            reach = float(self.size)
+            around = Neighbours(_points(moving), shape, centre, centre, self.size, reach=reach)
+            step = self.attention(points, around)
+        return field + _grid(step, shape)
 
 
 class Interpolation(nn.Module):
@@ -293,12 +297,15 @@ class Interpolation(nn.Module):
         rest = identity_grid(shape, dtype=field.dtype, device=field.device)
         # Positions in voxels of the coarse level: child i sits at (i - 1/2) / 2.
         child = _points((rest - 0.5) / 2).expand(field.shape[0], -1, -1)
-        nodes, index, inside = neighbourhood(child, self.size, coarse)
-        moved = nodes + _gather(_points(field), index)
-        relative = moved - (child + _points(inherited) / 2).unsqueeze(-2)
-        features = _gather(self.match(_points(parents)), index)
-        step = self.attention(_points(children), features, relative, inside)
-        return inherited + _grid(step, shape)
+        seen = Neighbours(
+            self.match(_points(parents)),
+            coarse,
+            place=child,
+            centre=child + _points(inherited) / 2,
+            size=self.size,
+            shift=_points(field),
+        )
+        return inherited + _grid(self.attention(_points(children), seen), shape)
 
 
 def _counts(values: Sequence[int], name: str, length: int | None) -> Sequence[int]:
@@ -309,6 +316,28 @@ def _counts(values: Sequence[int], name: str, length: int | None) -> Sequence[in
         wanted = "one or more" if length is None else length
         raise ValueError(f"{name}: wanted {wanted} integers of at least 0, got {values!r}")
     return values
+
+
+#: Settings by name. ``digits`` is the demonstration on MNIST; ``brains 2-D`` and ``brains 3-D`` are
+#: the six levels of the paper ("4 iterations on the two coarsest"), with the neighbourhoods of its
+#: released code.
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {"dimensions": 2, "channels": (16, 32, 64)},
+    "brains 2-D": {
+        "dimensions": 2,
+        "channels": (16, 32, 32, 64, 64, 128),
+        "neighbourhoods": (2, 2, 3, 3, 5, 5),
+        "iterations": (1, 1, 1, 1, 1, 1),
+        "interpolation": (2, 3, 3, 5, 5),
+    },
+    "brains 3-D": {
+        "dimensions": 3,
+        "channels": (16, 32, 32, 64, 64, 128),
+        "neighbourhoods": (2, 2, 3, 3, 5, 5),
+        "iterations": (1, 1, 1, 2, 4, 4),
+        "interpolation": (2, 3, 3, 5, 5),
+    },
+}
 
 
 class GeoReg(nn.Module):
@@ -322,7 +351,8 @@ class GeoReg(nn.Module):
             the refinement of a level (interpolation only), which the coarsest cannot do.
         iterations: refinements of each level with shared weights, finest level first; 0 where
             the neighbourhood is 0.
-        interpolation: parents along each axis for the learned interpolation; 0 makes it linear.
+        interpolation: parents along each axis for the learned interpolation, one number or one per
+            level but the coarsest, finest first; 0 makes it linear.
         fourier_scale: standard deviation of the Fourier frequencies, in cycles per voxel.
         warp_features: resample the moving features at phi(x) instead of attending to them where
             they are (for the ablation).
@@ -339,7 +369,7 @@ class GeoReg(nn.Module):
         channels: Sequence[int] = (16, 32, 64),
         neighbourhoods: Sequence[int] = (3, 3, 3),
         iterations: Sequence[int] = (1, 2, 2),
-        interpolation: int = 2,
+        interpolation: int | Sequence[int] = 2,
         fourier_scale: float = 0.15,
         warp_features: bool = False,
     ) -> None:
@@ -352,7 +382,10 @@ class GeoReg(nn.Module):
             raise ValueError(f"channels: wanted even numbers, one per level, got {channels!r}")
         _counts(neighbourhoods, "neighbourhoods", levels)
         _counts(iterations, "iterations", levels)
-        _counts([interpolation], "interpolation", 1)
+        if isinstance(interpolation, Sequence):
+            parents = list(_counts(interpolation, "interpolation", levels - 1))
+        else:
+            parents = list(_counts([interpolation], "interpolation", 1)) * (levels - 1)
         if neighbourhoods[-1] == 0 or any(
             (i == 0) != (k == 0) for i, k in zip(iterations, neighbourhoods, strict=True)
         ):
@@ -371,7 +404,7 @@ class GeoReg(nn.Module):
             "channels": list(channels),
             "neighbourhoods": list(neighbourhoods),
             "iterations": list(iterations),
-            "interpolation": interpolation,
+            "interpolation": parents if isinstance(interpolation, Sequence) else interpolation,
             "fourier_scale": fourier_scale,
             "warp_features": warp_features,
         }
@@ -384,9 +417,8 @@ class GeoReg(nn.Module):
             for c, k in zip(channels, neighbourhoods, strict=True)
         )
         self.interpolations = nn.ModuleList(
-            Interpolation(dimensions, coarse, fine, interpolation, fourier_scale)
-            for fine, coarse in itertools.pairwise(channels)
-            if interpolation
+            Interpolation(dimensions, coarse, fine, k, fourier_scale) if k else nn.Identity()
+            for (fine, coarse), k in zip(itertools.pairwise(channels), parents, strict=True)
         )
 
     @property
@@ -448,8 +480,8 @@ class GeoReg(nn.Module):
         for level in reversed(range(len(features))):
             moving_features, fixed_features = features[level]
             if level < len(features) - 1:
-                if len(self.interpolations):
-                    delta = self.interpolations[level]
+                delta = self.interpolations[level]
+                if isinstance(delta, Interpolation):
                     field = delta(fixed_features, features[level + 1][1], field)
                 else:
                     field = upsample_field(field, 2, fixed_features.shape[2:])
