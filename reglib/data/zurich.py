@@ -25,7 +25,7 @@ from reglib.geometry.affine import affine_field, transform_points
 from reglib.geometry.grid import sample
 from reglib.geometry.sampling import transform_grid
 
-#: Of each level: rotations up to so many degrees, translations up to so many pixels, times it.
+#: Each level rotates by up to so many degrees more, and shifts by up to so many pixels more.
 ROTATION_STEP, TRANSLATION_STEP = 5.0, 7.0
 
 #: The levels, from the easiest on.

@@ -134,7 +134,7 @@ class HashGrid(nn.Module):
             shape = tuple(n + 1 for n in cells) if dense else (table,)
             values = scale * (2 * torch.rand((1, features, *shape), generator=generator) - 1)
             tables.append(nn.Parameter(values.repeat(copies, *(1,) * (values.ndim - 1))))
-        #: One for each level: ``(copies, features, *(N + 1))``, or ``(copies, features, table)``.
+        #: Tensors of each level, ``(copies, features, *(N + 1))`` or ``(copies, features, table)``.
         self.tables = nn.ParameterList(tables)
 
     def _is_hashed(self, cells: Sequence[int]) -> bool:

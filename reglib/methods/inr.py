@@ -345,6 +345,8 @@ class INR:
 #: the motion network begins at 0, and features on both sides of 0. ``"robust"``: begins where a
 #: search ends, and keeps what is better. ``"deformable"``: one cell of motion for about twenty
 #: voxels.
+#:
+#: :meta hide-value:
 PRESETS = {
     "paper": INR(
         image=CoordinateSettings(width=128, margin=0.5, lr=5e-3),
