@@ -331,7 +331,7 @@ def test_the_papers_network_comes_last_and_the_results_say_what_is_missing(
     asked, limit = [], [3]
 
     class Workers:
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             self.files = files
 
         def __enter__(self):
