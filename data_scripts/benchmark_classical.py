@@ -310,7 +310,8 @@ class Workers:
     """A worker for each package, started when it is first needed and again after its end.
 
     Ours is served by ``script``, when it is called with ``--serve``; all write to ``logs``. The
-    pair ``warm`` goes through every configuration first; threads and place are those of a worker.
+    pair ``warm`` (:func:`artificial_pair` if ``None``) goes through every configuration first;
+    threads and place are those of a worker.
     """
 
     def __init__(

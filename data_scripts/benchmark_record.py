@@ -144,7 +144,8 @@ class Record:
         ``skipped`` need not be there; ``summary`` is given the rows and which configurations are
         ours, and is :func:`summarise` if ``None``.
 
-        It is written to ``finished``, and ``path`` removed, if there is one.
+        It is written to ``finished``, and ``path`` removed, if there is one. ``head`` goes before
+        it, and may say that it is not ``complete`` where more is to come.
 
         Raises:
             ValueError: if a row is missing.
@@ -160,7 +161,7 @@ class Record:
         rows.sort(key=lambda r: (places[key(r)[:3]], order.get(r["configuration"], len(order))))
         # A run that found nothing left to measure has seen nothing.
         kept = [n for n, run in enumerate(self.runs) if run["measured"]]
-        whole = head | {"complete": True} | self._content()
+        whole = {"complete": True} | head | self._content()
         whole["runs"] = [self.runs[n] for n in kept]
         whole["rows"] = [row | {"run": kept.index(row["run"])} for row in rows]
         ours = [n for n, s in self.configurations.items() if s["package"] == "reglib"]

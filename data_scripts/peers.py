@@ -215,6 +215,39 @@ def sitk_demons(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
     return field
 
 
+def sitk_displacement(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
+    """A displacement field by gradient descent on local correlation, smoothed after every step."""
+    import SimpleITK as sitk
+
+    still = sitk.TransformToDisplacementField(
+        sitk.Transform(fixed.GetDimension(), sitk.sitkIdentity),
+        sitk.sitkVectorFloat64,
+        fixed.GetSize(),
+        fixed.GetOrigin(),
+        fixed.GetSpacing(),
+        fixed.GetDirection(),
+    )
+    transform = sitk.DisplacementFieldTransform(still)
+    transform.SetSmoothingGaussianOnUpdate(
+        varianceForUpdateField=settings["variance_update"],
+        varianceForTotalField=settings["variance_total"],
+    )
+    method = sitk.ImageRegistrationMethod()
+    method.SetInitialTransform(transform, inPlace=True)
+    method.SetMetricAsANTSNeighborhoodCorrelation(settings["radius"])
+    method.MetricUseFixedImageGradientFilterOff()
+    method.SetShrinkFactorsPerLevel(settings["shrink"])
+    method.SetSmoothingSigmasPerLevel(settings["sigma_mm"])
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetOptimizerAsGradientDescent(
+        learningRate=settings["learning_rate"],
+        numberOfIterations=settings["iterations"],
+        estimateLearningRate=method.EachIteration,
+    )
+    return method.Execute(fixed, moving)
+
+
 def sitk_bspline(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
     """Free-form deformation by Mattes' mutual information; every level halves the lattice's cells.
 
@@ -247,12 +280,15 @@ def sitk_bspline(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
 
 
 def run_simpleitk(moving: str, fixed: str, field: str, settings: dict[str, Any]) -> Watch:
-    """Affine, then demons or a B-spline on the moving image resampled with it."""
+    """Affine, then demons or a B-spline on the image resampled with it; or a displacement field."""
     import SimpleITK as sitk
 
     m, f = (sitk.ReadImage(path, sitk.sitkFloat32) for path in (moving, fixed))
     with Watch() as watch:
-        whole = [sitk_affine(m, f, settings["affine"])]
+        if "displacement" in settings:
+            whole = [sitk_displacement(m, f, settings["displacement"])]
+        else:
+            whole = [sitk_affine(m, f, settings["affine"])]
         if "demons" in settings:
             u = sitk_demons(sitk_resample(m, f, whole[0]), f, settings["demons"])
             whole.append(sitk.DisplacementFieldTransform(sitk.Cast(u, sitk.sitkVectorFloat64)))

@@ -18,10 +18,11 @@ from scipy.stats.contingency import crosstab
 from reglib.geometry.sampling import warp
 from reglib.geometry.smoothing import box_sum, gaussian_smooth
 from reglib.objectives import similarity
-from reglib.objectives.metrics import dice
+from reglib.objectives.metrics import dice, ssim
 from reglib.objectives.mind import mind
 from reglib.objectives.similarity import (
     _LocalCorrelation,
+    dssim,
     lncc,
     mae,
     mse,
@@ -41,6 +42,7 @@ ALL = {
     "ncc": ncc,
     "lncc": partial(lncc, window=3),
     "lncc Gaussian": gaussian_lncc,
+    "dssim": partial(dssim, window=5),
     "soft_dice": soft_dice,
     "mutual_information": unit_mi,
     "normalised": partial(unit_mi, normalised=True),
@@ -70,29 +72,45 @@ def random_weight(shape, batch=2):
     return torch.from_numpy(w)
 
 
-def local_correlation(w, f, window, sigma=None, weight=None):
-    """cc^2 at every voxel of two images ``S``: a loop over windows cut off at the border."""
-    weight = np.ones(w.shape) if weight is None else weight
-    cc2 = np.zeros(w.shape)
-    for at in np.ndindex(*w.shape):
+def windows(shape, window, sigma=None, weight=None):
+    """Every voxel, its window cut off at the border, and the weights in it, which sum to 1."""
+    weight = np.ones(shape) if weight is None else weight
+    for at in np.ndindex(*shape):
         cut = tuple(slice(max(i - window // 2, 0), i + window // 2 + 1) for i in at)
         k = weight[cut]
         if sigma is not None:
             offsets = np.meshgrid(
                 *(
                     np.arange(c.start, min(c.stop, n)) - i
-                    for c, i, n in zip(cut, at, w.shape, strict=True)
+                    for c, i, n in zip(cut, at, shape, strict=True)
                 ),
                 indexing="ij",
             )
             k = k * np.exp(-0.5 * sum(o**2 for o in offsets) / sigma**2)
-        if k.sum() == 0:
-            continue
-        k = k / k.sum()
+        if k.sum() > 0:
+            yield at, cut, k / k.sum()
+
+
+def local_correlation(w, f, window, sigma=None, weight=None):
+    """cc^2 at every voxel of two images ``S``: a loop over windows."""
+    cc2 = np.zeros(w.shape)
+    for at, cut, k in windows(w.shape, window, sigma, weight):
         dw, df = w[cut] - (k * w[cut]).sum(), f[cut] - (k * f[cut]).sum()
         variances = (k * dw**2).sum() * (k * df**2).sum()
         cc2[at] = (k * dw * df).sum() ** 2 / variances if variances > 0 else 0
     return cc2
+
+
+def local_ssim(w, f, window, sigma, weight=None):
+    """SSIM at every voxel of two images ``S``, data range 1: a loop over windows."""
+    found = np.zeros(w.shape)
+    for at, cut, k in windows(w.shape, window, sigma, weight):
+        x, y = (k * w[cut]).sum(), (k * f[cut]).sum()
+        variances = (k * (w[cut] - x) ** 2).sum() + (k * (f[cut] - y) ** 2).sum()
+        covariance = (k * (w[cut] - x) * (f[cut] - y)).sum()
+        found[at] = (2 * x * y + 1e-4) / (x**2 + y**2 + 1e-4)
+        found[at] *= (2 * covariance + 9e-4) / (variances + 9e-4)
+    return found
 
 
 def cubic_spline(x):
@@ -157,6 +175,8 @@ def plain(name, w, f, m):
         return h - h_w - h_f if name == "mutual_information" else 1 - (h_w + h_f) / h
     if name == "mind":
         return mean(((self_similarity(w, m) - self_similarity(f, m)) ** 2).mean(0))
+    if name == "dssim":
+        return 1 - mean(local_ssim(w, f, 5, 1.5, m))
     window, sigma = (3, None) if name == "lncc" else (7, 1.5)
     return 1 - mean(local_correlation(w, f, window, sigma, m))
 
@@ -359,6 +379,22 @@ def test_autocast_and_half_precision_are_accumulated_in_float32(name, dtype, ins
     torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-5)
     error = (w.grad.double() - exact.grad).norm() / exact.grad.norm()
     assert error < max(1e-4, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("shape", [(32, 31), (24, 25, 26)], ids=str)
+def test_dssim_is_the_measure_but_for_the_border(shape):
+    """Nothing is to be seen within ten voxels of it, so SSIM is 1 where the measure does not look.
+
+    The measure takes windows that fit: five voxels are missing at every face.
+    """
+    w, f = (4 * x for x in pair(shape))
+    seen = torch.zeros(shape, dtype=w.dtype)
+    seen[(slice(10, -10),) * len(shape)] = 1
+    share = np.prod([(n - 10) / n for n in shape])
+    expected = share * (1 - ssim(seen * w, seen * f, data_range=4.0))
+    found = dssim(seen * w, seen * f, data_range=4.0, reduction="none")
+    assert (found > 0.001).all()
+    torch.testing.assert_close(found.float(), expected.float(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -595,6 +631,14 @@ def test_mutual_information_finds_the_shift_between_two_modalities():
     assert shifts[int(np.argmin(values))] == 5
     correlations = [ncc(moving.roll(-s, 2), fixed).item() for s in shifts]
     assert abs(1 - correlations[15]) < 0.01 < 1 - min(correlations)
+
+
+@pytest.mark.parametrize("name", ["data_range", "sigma"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf")])
+def test_dssim_names_a_number_that_is_not_positive(name, value):
+    w, f = pair((12, 12))
+    with pytest.raises(ValueError, match=rf"^{name}: wanted a positive number"):
+        dssim(w, f, **{name: value})
 
 
 def test_bad_bins_and_ranges_are_named():

@@ -33,6 +33,7 @@ class Name(StrEnum):
     INR = "inr"
     GEOREG = "georeg"
     FCN = "fcn"
+    DIP = "dip"
 
 
 class Transform(StrEnum):
@@ -218,6 +219,20 @@ def _load_fcn(path: str | None) -> _Loaded:
     return _Loaded(network, network.settings.dimensions)
 
 
+def _dip(settings: dict[str, Any], _: nn.Module | None) -> Method:
+    """A preset, and what differs from it."""
+    import torch
+
+    from reglib.methods.dip import DIP, PRESETS
+
+    preset = settings.pop("preset", "fast")
+    if preset not in PRESETS:
+        raise ValueError(f"preset: wanted one of {', '.join(PRESETS)}, got {preset}")
+    own = {f.name: getattr(PRESETS[preset], f.name) for f in dataclasses.fields(DIP)}
+    own["seed"] = torch.initial_seed()  # what is planned is planned under the seed of the request
+    return _made(DIP, own | settings)
+
+
 def fcn_loss_words(composed: bool) -> dict[str, Any]:
     """The loss that an FCN is trained with unless told otherwise, as JSON values.
 
@@ -274,7 +289,7 @@ def _typed(method: type, settings: dict[str, Any]) -> dict[str, Any]:
     unknown = [name for name in settings if name not in known]
     if unknown:
         # Neither functions nor networks can be typed in.
-        functions = ("similarity", "regularity", "image", "motion", "search")
+        functions = ("similarity", "regularity", "network", "image", "motion", "search")
         words = [name for name in known if name not in functions]
         raise ValueError(f"wanted settings out of {', '.join(words)}, got {', '.join(unknown)}")
     return {name: _value(x, known[name]) for name, x in settings.items()}
@@ -301,6 +316,7 @@ METHODS: dict[Name, _Kind] = {
     Name.INR: _Kind(_inr, Transform.RIGID, also=(Transform.DEFORMABLE,)),
     Name.GEOREG: _Kind(_georeg, Transform.DEFORMABLE, compares=False, load=_load_georeg),
     Name.FCN: _Kind(_fcn, Transform.DEFORMABLE, load=_load_fcn),
+    Name.DIP: _Kind(_dip, Transform.DEFORMABLE, Start.AFFINE),
 }
 
 

@@ -101,9 +101,11 @@ def register(
             "--method",
             help="rigid and affine: in mm, from coarse to fine. After an affine start, by gradient "
             "descent: displacement, a vector for every voxel; svf, a stationary velocity, which "
-            "does not fold and has an inverse; bspline, a lattice of control points. Networks: "
-            "georeg, for grey plane images, trained on handwritten digits; fcn, for volumes, "
-            "trained on boxes around the hippocampus.",
+            "does not fold and has an inverse; bspline, a lattice of control points; dip, a "
+            "velocity that an untrained network makes of noise (--set preset=paper: a "
+            "displacement, as in the paper, which takes long). Trained networks: georeg, for grey "
+            "plane images, trained on handwritten digits; fcn, for volumes, trained on boxes "
+            "around the hippocampus.",
             show_default=False,
         ),
     ],
@@ -158,9 +160,9 @@ def register(
         Start | None,
         typer.Option(
             "--start",
-            help="What runs before the method. Default: affine for displacement, svf and bspline, "
-            "else none. rigid and affine always look where centres of mass and principal axes "
-            "would put the image.",
+            help="What runs before the method. Default: affine for displacement, svf, bspline "
+            "and dip, else none. rigid and affine always look where centres of mass and principal "
+            "axes would put the image.",
         ),
     ] = None,
     transform: Annotated[
@@ -184,9 +186,9 @@ def register(
         typer.Option(
             "--similarity",
             help="What the method optimises. Default: ncc for rigid and affine, lncc in windows of "
-            "5 voxels for the deformable ones. mi and mind are for images of different kinds; "
-            "their start takes mi, that of the others ncc. inr: what its search and its choice "
-            "go by (mind).",
+            "5 voxels for the deformable ones, the mean absolute error for dip. mi and mind are "
+            "for images of different kinds; their start takes mi, that of the others ncc. inr: "
+            "what its search and its choice go by (mind).",
         ),
     ] = None,
     settings: Annotated[

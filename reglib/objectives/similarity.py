@@ -8,6 +8,7 @@ autocast off.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -243,6 +244,67 @@ def lncc(
         floors = (FLAT * variance_w).detach(), (FLAT * variance_f).detach()
         cc2 = _LocalCorrelation.apply(w, f, *floors, weight, local_sum)
         return reduce_batch(1 - _mean(cc2, weight), reduction)
+
+
+def dssim(
+    warped: Tensor,
+    fixed: Tensor,
+    *,
+    data_range: float = 1.0,
+    window: int = 11,
+    sigma: float = 1.5,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """1 - mean(SSIM): :func:`reglib.objectives.metrics.ssim` as something to be optimised.
+
+    Windows are cut off at the border and count only the voxels they hold, where the measure leaves
+    them out. Whoever optimises it cannot be judged by it alone.
+
+    Args:
+        warped: ``(B, C, *S)``, floating point.
+        fixed: of the same shape.
+        data_range: largest minus smallest intensity that the images could have.
+        window: odd side length of the window in voxels.
+        sigma: standard deviation of its Gaussian weights in voxels.
+        weight: ``(B, 1, *S)``, non-negative; enters the local statistics and the mean over voxels.
+            A constant: no gradient flows to it.
+        reduction: ``"mean"`` over the batch, or ``"none"`` for one value per sample.
+
+    Returns:
+        A scalar, or ``(B,)``; 0 is best, 2 is worst.
+
+    Raises:
+        TypeError, ValueError: if the inputs are no images of one shape, ``weight`` does not fit,
+            ``window`` is not an odd positive integer or another number not positive.
+
+    Wang et al., IEEE TIP 2004, doi:10.1109/TIP.2003.819861.
+    """
+    w, f, weight = prepare_pair(warped, fixed, weight)
+    check_window(window)
+    for name, value in (("data_range", data_range), ("sigma", sigma)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: wanted a positive number, got {value!r}")
+    weight = torch.ones_like(w[:, :1]) if weight is None else weight.detach()
+    with no_autocast(w):
+        total = gaussian_sum(weight, sigma, window // 2)
+        total = total.where(total > 0, torch.ones_like(total))
+
+        def mean(x: Tensor) -> Tensor:
+            return gaussian_sum(weight * x, sigma, window // 2) / total
+
+        # Variances of what lies far from 0 would be lost in roundings.
+        middle_w, middle_f = (_mean(x, weight).detach() for x in (w, f))
+        a, b = w - middle_w, f - middle_f
+        mean_a, mean_b = mean(a), mean(b)
+        variance_w = (mean(a * a) - mean_a * mean_a).clamp(min=0)
+        variance_f = (mean(b * b) - mean_b * mean_b).clamp(min=0)
+        covariance = mean(a * b) - mean_a * mean_b
+        mean_w, mean_f = mean_a + middle_w, mean_b + middle_f
+        c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+        light = (2 * mean_w * mean_f + c1) / (mean_w * mean_w + mean_f * mean_f + c1)
+        structure = (2 * covariance + c2) / (variance_w + variance_f + c2)
+        return reduce_batch(1 - _mean(light * structure, weight), reduction)
 
 
 def _intensity_range(
