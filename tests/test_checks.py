@@ -121,6 +121,7 @@ VALID = {
     similarity.mse: PAIR,
     similarity.ncc: PAIR,
     similarity.lncc: PAIR | {"window": 3, "sigma": 1.0},
+    similarity.dssim: PAIR | {"data_range": 1.0, "window": 3, "sigma": 1.0},
     similarity.soft_dice: PAIR,
     similarity.mutual_information: PAIR
     | {"bins": 8, "normalised": False, "warped_range": (0.0, 1.0), "fixed_range": (0.0, 1.0)},
@@ -362,6 +363,7 @@ BAD_OF = {
         (None, TypeError),
     ],
     (similarity.lncc, "sigma"): NO_SIZE,
+    (similarity.dssim, "sigma"): NO_SIZE,
     (metrics.dice, "labels"): NO_VALUES,
     (surface.hd95, "labels"): NO_VALUES,
     (surface.assd, "labels"): NO_VALUES,
