@@ -66,7 +66,7 @@ ADDED = 0.03
 #: Steps between two looks at the averaged field.
 LOOK = 10
 
-#: An axis is halved only as long as it keeps so many nodes: statistics of fewer say nothing.
+#: An axis is halved only as long as it keeps so many nodes, as statistics of fewer say nothing.
 NODES = 4
 
 #: A field under which less than this share of what counted at first still counts is not kept.
