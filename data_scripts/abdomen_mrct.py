@@ -39,7 +39,7 @@ import benchmark_classical
 import peers
 import torch
 import volumes
-from benchmark_classical import measure_file
+from benchmark_classical import known_or_stop, measure_file, regularity
 from benchmark_record import UNREGISTERED, Record, Row
 from brains import scaled
 from provenance import ROOT, provenance
@@ -183,7 +183,7 @@ def measure(case: Loaded, u: Tensor) -> dict[str, Any]:
         "hd95": _number(far[far.isfinite()].mean()),
         "dice": [_number(x) for x in overlap],
         "hd95_of_each": [_number(x) for x in far],
-    } | volumes.regularity(u)
+    } | regularity(u)
 
 
 def weighted(overlap: Tensor, fixed_labels: Tensor) -> float:
@@ -247,9 +247,7 @@ def main(words: Sequence[str] | None = None) -> None:
     elif options.verb == "run":
         if provenance()["uncommitted_changes"]:
             raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
-        unknown = {*(options.only or []), *options.again} - set(CONFIGURATIONS)
-        if unknown:
-            raise SystemExit(f"no such configuration: {sorted(unknown)}")
+        known_or_stop([*(options.only or []), *options.again], CONFIGURATIONS)
         benchmark_classical.CAP = CAP
         record = Record(WORK / "rows.json", "test", RESULTS)
         record.forget(options.again)

@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ from reglib.geometry.affine import whole_field
 from reglib.geometry.grid import identity_grid
 from reglib.geometry.sampling import warp, warp_labels
 from reglib.methods import classical
-from reglib.objectives.metrics import dice, folding, ndv
+from reglib.objectives.metrics import dice, folding, nda, ndv
 from reglib.objectives.similarity import lncc, ncc
 from reglib.registration import register
 
@@ -194,21 +194,29 @@ def measure(case: Loaded, u: Tensor) -> dict[str, Any]:
     labels = warp_labels(case.moving_labels, field)
     warped, fixed = warp(case.moving.tensor, field), case.fixed.tensor
     overlap = dice(labels, case.fixed_labels, labels=range(1, len(case.structures) + 1))[0]
-    inside = torch.zeros_like(fixed)
-    inside[(..., *(slice(MARGIN, -MARGIN),) * 3)] = 1
     weight = (fixed > 0).to(fixed)
     values = {
         "ncc": ncc(warped, fixed, weight=weight),
         "lncc": lncc(warped, fixed, weight=weight),
-        "folding": folding(u),
-        "folding_inside": folding(u, mask=inside),
-        "ndv": ndv(u),
     }
     return {
         "mean_dice": round(float(overlap.nanmean()), 5),
         "dice": [None if math.isnan(x) else round(x, 4) for x in overlap.tolist()],
         **{name: float(f"{float(value):.5g}") for name, value in values.items()},
+        **regularity(u),
     }
+
+
+def regularity(u: Tensor) -> dict[str, float]:
+    """Shares of the voxels that fold, and non-diffeomorphic volume (area, in the plane)."""
+    inside = torch.zeros_like(u[:, :1])
+    inside[(..., *(slice(MARGIN, -MARGIN),) * u.shape[1])] = 1
+    values = {
+        "folding": folding(u),
+        "folding_inside": folding(u, mask=inside),
+        "ndv": ndv(u) if u.shape[1] == 3 else nda(u),
+    }
+    return {name: float(f"{float(value):.5g}") for name, value in values.items()}
 
 
 Measure = Callable[[Loaded, Tensor], dict[str, Any]]
@@ -235,6 +243,15 @@ def make_environment(folder: Path = ROOT / "build" / "peers") -> Path:
         subprocess.run([python, "-m", "pip", "install", "-r", REQUIREMENTS], check=True)
         stamp.write_text(wanted)
     return python
+
+
+def versions(python: Path) -> dict[str, str]:
+    """Of the peers' packages, by the interpreter of their environment."""
+    command = [python, peers.__file__, "versions"]
+    found: dict[str, str] = json.loads(
+        subprocess.run(command, capture_output=True, check=True).stdout
+    )
+    return found
 
 
 class Worker:
@@ -481,11 +498,11 @@ def outcome(
         return times | {"failed": f"{type(error).__name__}: {error}"}
 
 
-def known_or_stop(names: Collection[str]) -> None:
+def known_or_stop(names: Iterable[str], known: Collection[str]) -> None:
     """Stop unless there are configurations of these names."""
-    unknown = set(names) - set(CONFIGURATIONS)
+    unknown = set(names) - set(known)
     if unknown:
-        raise SystemExit(f"no such configuration: {sorted(unknown)}; one of {list(CONFIGURATIONS)}")
+        raise SystemExit(f"no such configuration: {sorted(unknown)}; one of {list(known)}")
 
 
 def main() -> None:
@@ -508,7 +525,7 @@ def main() -> None:
     if test and provenance()["uncommitted_changes"]:
         raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
     wanted = options.only or list(CONFIGURATIONS)
-    known_or_stop([*wanted, *options.again])
+    known_or_stop([*wanted, *options.again], CONFIGURATIONS)
     configurations = {name: CONFIGURATIONS[name] for name in CONFIGURATIONS if name in wanted}
 
     everything = cases(options.split, options.pairs)
@@ -525,8 +542,6 @@ def main() -> None:
     print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
 
     python = make_environment()
-    command = [python, peers.__file__, "versions"]
-    versions = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     with tempfile.TemporaryDirectory() as folder, Workers(python, Path(folder)) as workers:
         measure_all(record, everything, configurations, workers.files, workers.register, known)
     missing = {(*pair, name) for pair in pairs for name in CONFIGURATIONS} - record.done
@@ -534,7 +549,7 @@ def main() -> None:
         print(f"{len(missing)} registrations are missing: no {RESULTS.name} is written")
         return
     head = {"script": "data_scripts/benchmark_classical.py", "protocol": PROTOCOL}
-    head |= {"versions": versions, "structures": STRUCTURES}
+    head |= {"versions": versions(python), "structures": STRUCTURES}
     names = list(CONFIGURATIONS if test else configurations)
     print(table(record.finish(pairs, names, head)))
 

@@ -41,7 +41,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -54,14 +53,16 @@ import peers
 import torch
 from benchmark_classical import (
     CAP,
-    MARGIN,
     SPLITS,
     Case,
     Loaded,
     Workers,
+    known_or_stop,
     make_environment,
     measure_all,
+    regularity,
     run_reglib,
+    versions,
 )
 from benchmark_record import UNREGISTERED, Key, Record, Row, fingerprint, interval, key
 from brains import scaled
@@ -75,7 +76,7 @@ from reglib.geometry.grid import identity_grid
 from reglib.geometry.sampling import warp, warp_labels
 from reglib.methods import classical, dip
 from reglib.objectives import similarity
-from reglib.objectives.metrics import dice, folding, jacobian_statistics, nda, ssim
+from reglib.objectives.metrics import dice, jacobian_statistics, ssim
 from reglib.registration import register
 
 WORK = ROOT / "build" / "dip_lgg"
@@ -283,8 +284,6 @@ def measure(pair: Loaded, u: Tensor) -> dict[str, Any]:
     fixed, u = pair.fixed.tensor, u.float()
     warped, masks = warp(pair.moving.tensor, u), warp_labels(pair.moving_labels, u)
     weight = pair.fixed_labels[:, :1].to(fixed)
-    inside = torch.zeros_like(weight)
-    inside[..., MARGIN:-MARGIN, MARGIN:-MARGIN] = 1
     head, tumour = (
         float(dice(masks[:, k : k + 1], pair.fixed_labels[:, k : k + 1], labels=[1]))
         for k in (0, 1)
@@ -298,15 +297,17 @@ def measure(pair: Loaded, u: Tensor) -> dict[str, Any]:
         "lncc": similarity.lncc(warped, fixed, weight=weight),
         "det_mean": determinant.mean,
         "det_std": determinant.std,
-        "folding": folding(u),
-        "folding_inside": folding(u, mask=inside),
-        "ndv": nda(u),
         "mean_dice": head,
     }
-    return {name: float(f"{float(value):.5g}") for name, value in values.items()} | {
-        "tumour_dice": None if absent else round(tumour, 4),
-        "tumour_area": round(after / before, 4) if before else None,
-    }
+    found = {name: float(f"{float(value):.5g}") for name, value in values.items()}
+    return (
+        found
+        | regularity(u)
+        | {
+            "tumour_dice": None if absent else round(tumour, 4),
+            "tumour_area": round(after / before, 4) if before else None,
+        }
+    )
 
 
 MEASURES = ("ssim", "det_mean", "det_std", "folding", "ndv", "mean_dice", "tumour_dice") + (
@@ -430,9 +431,8 @@ def write(record: Record, everything: Sequence[Case], python: Path) -> None:
     if set(missing) - set(PAPERS):
         print(f"missing, so that nothing is written: {dict(missing)}")
         return
-    command = [python, peers.__file__, "versions"]
-    versions = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    head = {"script": "data_scripts/dip_lgg.py", "protocol": PROTOCOL, "versions": versions}
+    head = {"script": "data_scripts/dip_lgg.py", "protocol": PROTOCOL}
+    head |= {"versions": versions(python)}
     head |= {"complete": not missing, "missing": dict(missing)}
     head |= {"paper": PAPER, "sets": summarise(record.rows)}
     names = [name for name in CONFIGURATIONS if name not in PAPERS]
@@ -495,9 +495,7 @@ def main() -> None:
         peers.serve({"reglib": run_ours})
         return
     torch.set_num_threads(peers.THREADS)
-    unknown = {*(options.only or ()), *options.again} - set(CONFIGURATIONS)
-    if unknown:
-        parser.error(f"no such configuration: {sorted(unknown)}; one of {list(CONFIGURATIONS)}")
+    known_or_stop([*(options.only or []), *options.again], CONFIGURATIONS)
     if options.split == "test" and options.pairs is not None:
         parser.error("--pairs: the test pairs are measured all together")
     if options.split == "test" and provenance()["uncommitted_changes"]:

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import peers
 import torch
 import volumes
-from benchmark_classical import SPLITS
+from benchmark_classical import SPLITS, known_or_stop
 from benchmark_record import Record
 from brains import relabel, scaled
 from provenance import ROOT, provenance
@@ -253,9 +253,7 @@ def main(words: Sequence[str] | None = None) -> None:
         parser.error("--pairs: the test pairs are measured all together")
     if test and provenance()["uncommitted_changes"]:
         raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
-    unknown = {*(options.only or []), *options.again} - set(CONFIGURATIONS)
-    if unknown:
-        raise SystemExit(f"no such configuration: {sorted(unknown)}; one of {list(CONFIGURATIONS)}")
+    known_or_stop([*(options.only or []), *options.again], CONFIGURATIONS)
     record = Record(WORK / f"{options.split}.json", options.split, RESULTS if test else None)
     record.forget(options.again)
     head: dict[str, Any] = {"script": "data_scripts/inr_t1t2.py", "protocol": PROTOCOL}

@@ -29,7 +29,6 @@ import math
 import os
 import queue
 import statistics
-import subprocess
 import tempfile
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -40,7 +39,7 @@ from typing import Any, NamedTuple
 import benchmark_classical
 import peers
 import torch
-from benchmark_classical import SPLITS, Workers, measure_all
+from benchmark_classical import SPLITS, Workers, known_or_stop, measure_all, versions
 from benchmark_record import DRAWS, UNREGISTERED, Record, Row, interval, key
 from provenance import ROOT, provenance
 from torch import Tensor
@@ -402,15 +401,6 @@ def table(content: dict[str, Any]) -> str:
 # --- The run --------------------------------------------------------------------------------
 
 
-def versions(python: Path) -> dict[str, str]:
-    """Of the peers' packages."""
-    command = [python, peers.__file__, "versions"]
-    found: dict[str, str] = json.loads(
-        subprocess.run(command, capture_output=True, check=True).stdout
-    )
-    return found
-
-
 def measure_set(
     name: str,
     split: str,
@@ -474,9 +464,7 @@ def main() -> None:
     if test and provenance()["uncommitted_changes"]:
         raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
     every = CONFIGURATIONS | {name: settings_of(methods) for name, methods in GRANULAR.items()}
-    unknown = {*(options.only or []), *options.again} - set(every)
-    if unknown:
-        raise SystemExit(f"no such configuration: {sorted(unknown)}; one of {list(every)}")
+    known_or_stop([*(options.only or []), *options.again], every)
     if not options.granularity:
         everything = [c for c in cases(options.split, options.draws) if c.level in options.levels]
         results = RESULTS if test else None

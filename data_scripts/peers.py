@@ -138,6 +138,22 @@ def run_antspyx(moving: str, fixed: str, field: str, settings: dict[str, Any]) -
 # --- SimpleITK ------------------------------------------------------------------------------
 
 
+def sitk_by_mutual_information(settings: dict[str, Any]) -> Any:
+    """A registration by Mattes' mutual information, from coarse to fine, without its optimiser."""
+    import SimpleITK as sitk
+
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(settings["bins"])
+    if settings["sampling"] < 1:
+        method.SetMetricSamplingStrategy(method.REGULAR)
+        method.SetMetricSamplingPercentage(settings["sampling"])
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetShrinkFactorsPerLevel(settings["shrink"])
+    method.SetSmoothingSigmasPerLevel(settings["sigma_voxels"])
+    method.SetSmoothingSigmasAreSpecifiedInPhysicalUnits(False)
+    return method
+
+
 def sitk_affine(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
     """Regular-step gradient descent, coarse to fine; Mattes' mutual information unless it says."""
     import SimpleITK as sitk
@@ -153,15 +169,9 @@ def sitk_affine(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
             "geometry": sitk.CenteredTransformInitializerFilter.GEOMETRY,
         }[settings["initialise"]],
     )
-    method = sitk.ImageRegistrationMethod()
+    method = sitk_by_mutual_information(settings)
     if settings.get("metric") == "mean squares":
         method.SetMetricAsMeanSquares()
-    else:
-        method.SetMetricAsMattesMutualInformation(settings["bins"])
-    if settings["sampling"] < 1:
-        method.SetMetricSamplingStrategy(method.REGULAR)
-        method.SetMetricSamplingPercentage(settings["sampling"])
-    method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(
         learningRate=settings["learning_rate"],
         minStep=settings["minimum_step"],
@@ -170,9 +180,6 @@ def sitk_affine(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
         gradientMagnitudeTolerance=settings.get("gradient_tolerance", 1e-4),
     )
     method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel(settings["shrink"])
-    method.SetSmoothingSigmasPerLevel(settings["sigma_voxels"])
-    method.SetSmoothingSigmasAreSpecifiedInPhysicalUnits(False)
     method.SetInitialTransform(start, inPlace=False)
     return method.Execute(fixed, moving)
 
@@ -257,20 +264,12 @@ def sitk_bspline(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
 
     sides = [n * s for n, s in zip(fixed.GetSize(), fixed.GetSpacing(), strict=True)]
     cells = [max(round(side / settings["coarsest_cell_mm"]), 1) for side in sides]
-    method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsMattesMutualInformation(settings["bins"])
-    if settings["sampling"] < 1:
-        method.SetMetricSamplingStrategy(method.REGULAR)
-        method.SetMetricSamplingPercentage(settings["sampling"])
-    method.SetInterpolator(sitk.sitkLinear)
+    method = sitk_by_mutual_information(settings)
     # Of ITK's L-BFGS this is the one that takes a lattice that grows.
     method.SetOptimizerAsLBFGS2(
         solutionAccuracy=settings["accuracy"],
         numberOfIterations=settings["iterations"],
     )
-    method.SetShrinkFactorsPerLevel(settings["shrink"])
-    method.SetSmoothingSigmasPerLevel(settings["sigma_voxels"])
-    method.SetSmoothingSigmasAreSpecifiedInPhysicalUnits(False)
     method.SetInitialTransformAsBSpline(
         sitk.BSplineTransformInitializer(fixed, cells, order=3),
         inPlace=False,

@@ -29,7 +29,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -373,7 +372,6 @@ def compare_all(options: argparse.Namespace) -> None:
         raise SystemExit(f"not trained yet: {untrained}")
     sets = SETS if final else SETS[:1]
     python, wholes = benchmark_classical.make_environment(), {}
-    command = [python, peers.__file__, "versions"]
     print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -399,7 +397,7 @@ def compare_all(options: argparse.Namespace) -> None:
     head = {
         "script": f"data_scripts/pretraining_compare.py --size {options.size}",
         "protocol": PROTOCOL,
-        "versions": json.loads(subprocess.run(command, capture_output=True, check=True).stdout),
+        "versions": benchmark_classical.versions(python),
         "structures": list(ixi_structures()),
         "goals": {name: goals(whole["rows"], PEERS) for name, whole in wholes.items()},
     }

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import benchmark_classical
 import peers
 import torch
-from benchmark_classical import Workers, measure_all
+from benchmark_classical import Workers, measure_all, regularity, versions
 from benchmark_record import DRAWS, UNREGISTERED, Record, Row, interval, key
-from inr_zurich import settings_of, versions
+from inr_zurich import settings_of
 from torch import Tensor
 
 from reglib.data.nifti import Image
@@ -31,12 +31,9 @@ from reglib.geometry.sampling import warp_labels
 from reglib.methods.classical import Affine, Velocity
 from reglib.methods.inr import INR, CoordinateSettings
 from reglib.methods.pair import Iterate, Pair
-from reglib.objectives.metrics import dice, folding, ndv
+from reglib.objectives.metrics import dice
 from reglib.objectives.mind import mind, mind_features
 from reglib.objectives.similarity import mse, mutual_information
-
-#: Voxels at each face that ``folding_inside`` leaves out, as Learn2Reg does.
-MARGIN = benchmark_classical.MARGIN
 
 # --- Configurations -------------------------------------------------------------------------
 
@@ -194,18 +191,6 @@ def displacement_error(case: Loaded, u: Tensor) -> dict[str, float]:
         "error_95": round(float(torch.quantile(values, 0.95)), 4),
         "error_largest": round(float(values.max()), 3),
     }
-
-
-def regularity(u: Tensor) -> dict[str, float]:
-    """Shares of voxels that are folded, and non-diffeomorphic volume."""
-    inside = torch.zeros_like(u[:, :1])
-    inside[(..., *(slice(MARGIN, -MARGIN),) * 3)] = 1
-    values = {
-        "folding": folding(u),
-        "folding_inside": folding(u, mask=inside),
-        "ndv": ndv(u),
-    }
-    return {name: float(f"{float(value):.5g}") for name, value in values.items()}
 
 
 # --- The run --------------------------------------------------------------------------------

@@ -161,6 +161,26 @@ def check_numbers(values: object, name: str) -> tuple[float, ...]:
     return tuple(float(v) for v in values)
 
 
+def check_number(
+    value: object,
+    name: str,
+    least: float = 0.0,
+    most: float = math.inf,
+    *,
+    positive: bool = False,
+) -> float:
+    """Return a number from ``least`` to ``most``, finite, and not 0 if it is to be positive."""
+    [number] = check_numbers([value], name)
+    if not least <= number <= most or number == math.inf or (positive and number == 0):
+        wanted = f"a number of at least {least:g}"
+        if most < math.inf:
+            wanted = f"a number from {least:g} to {most:g}"
+        elif positive:
+            wanted = "a positive number"
+        raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
+    return number
+
+
 def check_shape(shape: Sequence[int], dimensions: Sequence[int], name: str = "shape") -> None:
     """Raise unless ``shape`` is a sequence of positive integers, one of ``dimensions`` long."""
     wanted = f"{name}: wanted {' or '.join(map(str, dimensions))} positive integers"

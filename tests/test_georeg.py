@@ -19,7 +19,7 @@ from reglib.geometry.fields import upsample_field
 from reglib.geometry.grid import identity_grid
 from reglib.geometry.sampling import warp
 from reglib.geometry.smoothing import gaussian_smooth, pool
-from reglib.methods import georeg
+from reglib.methods import georeg, neighbours
 from reglib.objectives.metrics import folding
 from reglib.objectives.regularity import bending
 from reglib.objectives.similarity import mse, ncc
@@ -377,7 +377,7 @@ def test_neighbourhood_holds_the_nearest_nodes(size: int, dimensions: int) -> No
     rest = torch.arange(2 * shape[0], dtype=torch.float32)
     child = (rest - 0.5) / 2  # children of a level pooled by 2
     centre = child.view(1, -1, 1).expand(1, -1, dimensions)
-    nodes, index, inside = georeg.neighbourhood(centre, size, shape)
+    nodes, index, inside = neighbours.neighbourhood(centre, size, shape)
     assert nodes.shape == (1, len(child), size**dimensions, dimensions)
     along = nodes[0].view(len(child), size, -1, dimensions)[:, :, 0, 0]
     inner = slice(2, -2)  # one or two nodes from the border
@@ -399,7 +399,7 @@ def test_neighbourhood_holds_the_nearest_nodes(size: int, dimensions: int) -> No
 
 def test_points_that_left_the_image_see_its_border() -> None:
     centre = torch.tensor([[[-50.0, 3.2], [99.0, -7.0]]])
-    nodes, _, inside = georeg.neighbourhood(centre, 3, (12, 16))
+    nodes, _, inside = neighbours.neighbourhood(centre, 3, (12, 16))
     assert inside.any(-1).all()
     assert nodes[0, 0].mean(0).tolist() == [0.0, 3.0]
     assert nodes[0, 1].mean(0).tolist() == [11.0, 0.0]

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reglib.checks import check_choice, check_numbers, check_positive_int
+from reglib.checks import check_choice, check_number, check_numbers, check_positive_int
 from reglib.data.conform import conform_grid, resample
 from reglib.data.nifti import voxel_to_world
 from reglib.geometry.affine import (
@@ -251,16 +251,8 @@ def _check_settings(
         raise TypeError(f"similarity: wanted a function of two images, got {similarity!r}")
     _check_levels(levels)
     check_positive_int(steps, "steps")
-    if _check_number(lr, "lr") == 0:
-        raise ValueError("lr: wanted a positive number, got 0")
-    _check_number(tolerance, "tolerance")
-
-
-def _check_number(value: float, name: str, least: float = 0.0) -> float:
-    [number] = check_numbers([value], name)
-    if not least <= number < math.inf:
-        raise ValueError(f"{name}: wanted a number of at least {least:g}, got {value!r}")
-    return number
+    check_number(lr, "lr", positive=True)
+    check_number(tolerance, "tolerance")
 
 
 # --- Rigid and affine -----------------------------------------------------------------------
@@ -633,8 +625,8 @@ def _check_deformable(method: Displacement | Velocity | BSpline) -> None:
     _check_settings(method.similarity, method.levels, method.steps, method.lr, method.tolerance)
     if not callable(method.regularity):
         raise TypeError(f"regularity: wanted a function of a field, got {method.regularity!r}")
-    _check_number(method.regularity_weight, "regularity_weight")
-    _check_number(method.nodes, "nodes", least=1.0)
+    check_number(method.regularity_weight, "regularity_weight")
+    check_number(method.nodes, "nodes", least=1.0)
 
 
 def _deform(

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reglib.checks import check_choice, check_numbers, check_positive_int, check_shape
+from reglib.checks import check_choice, check_number, check_positive_int, check_shape
 from reglib.geometry.fields import compose, integrate, upsample_field
 from reglib.geometry.grid import no_autocast
 from reglib.geometry.sampling import warp
@@ -74,16 +74,6 @@ COVERED = 0.5
 
 _CONV = {2: F.conv2d, 3: F.conv3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
-
-
-def _check_number(
-    value: float, name: str, *, positive: bool = False, most: float = math.inf
-) -> None:
-    [number] = check_numbers([value], name)
-    if not 0 <= number <= most or number == math.inf or (positive and number == 0):
-        least = "a positive number" if positive else "a number of at least 0"
-        below = "" if most == math.inf else f" and at most {most:g}"
-        raise ValueError(f"{name}: wanted {least}{below}, got {value!r}")
 
 
 # --- The network ------------------------------------------------------------------------------
@@ -123,7 +113,7 @@ class Settings:
                 f"skips: wanted {len(self.channels)}, one for each scale, got {self.skips}"
             )
         check_positive_int(self.inputs, "inputs")
-        _check_number(self.std, "std", positive=True)
+        check_number(self.std, "std", positive=True)
 
 
 #: As in the deep image prior; the paper's ``N(0, 0.01)`` is read as a variance.
@@ -381,9 +371,9 @@ class DIP:
             raise TypeError(f"network: wanted Settings, got {type(self.network).__name__}")
         check_choice(self.input_mode, "input_mode", ("fixed", "fixed+noise", "resample"))
         for name in ("scale", "lr"):
-            _check_number(getattr(self, name), name, positive=True)
+            check_number(getattr(self, name), name, positive=True)
         for name in ("regularity_weight", "tolerance"):
-            _check_number(getattr(self, name), name)
+            check_number(getattr(self, name), name)
         for name in ("similarity", "regularity"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name}: wanted a function, got {getattr(self, name)!r}")
@@ -391,11 +381,11 @@ class DIP:
             check_positive_int(getattr(self, name), name)
         if self.squarings != 0:
             check_positive_int(self.squarings, "squarings")
-        _check_number(self.averaging, "averaging", most=1)
+        check_number(self.averaging, "averaging", most=1)
         if self.averaging == 1:
             raise ValueError("averaging: wanted less than 1, got 1")
         if self.folding is not None:
-            _check_number(self.folding, "folding", most=1)
+            check_number(self.folding, "folding", most=1)
         if self.patience is not None:
             check_positive_int(self.patience, "patience")
 

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reglib.checks import (
@@ -47,7 +46,7 @@ from reglib.geometry.fields import upsample_field
 from reglib.geometry.grid import identity_grid, sample
 from reglib.geometry.sampling import transform_grid, warp
 from reglib.geometry.smoothing import pool, pyramid
-from reglib.methods.neighbours import Neighbours, attend, first_nodes, flat_index, offsets
+from reglib.methods.neighbours import Neighbours, attend, offsets
 from reglib.objectives.regularity import bending
 from reglib.objectives.similarity import ncc
 from reglib.weights import load_weights, save_weights
@@ -184,33 +183,6 @@ class NeighbourAttention(nn.Module):
         return self.head(self.norm_mix(h + self.mix(h)))
 
 
-def neighbourhood(centre: Tensor, size: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``size**D`` grid nodes nearest to each point.
-
-    Odd sizes surround the nearest node, even sizes the cell that encloses the point. A point
-    outside the grid is given the neighbourhood of the nearest place inside.
-
-    Args:
-        centre: points ``(B, P, D)`` in voxels of the grid.
-        size: nodes along each axis.
-        shape: spatial shape of the grid.
-
-    Returns:
-        Positions of the nodes ``(B, P, K, D)``, their flat indices ``(B, P, K)`` (0 where there is
-        no node), and whether they lie inside the grid ``(B, P, K)``.
-    """
-    start = first_nodes(centre, size, shape)
-    nodes = start.unsqueeze(-2) + offsets(size, len(shape), centre)
-    return nodes, *flat_index(nodes, shape)
-
-
-def _gather(values: Tensor, index: Tensor) -> Tensor:
-    """Rows ``(B, P, K, C)`` of points ``(B, N, C)`` at flat indices ``(B, P, K)``."""
-    batch, count, channels = values.shape
-    first = torch.arange(batch, device=index.device).view(-1, 1, 1) * count
-    return F.embedding(index + first, values.reshape(batch * count, channels))
-
-
 def _points(grid: Tensor) -> Tensor:
     """``(B, C, *S)`` -> ``(B, P, C)``."""
     return grid.flatten(2).transpose(1, 2)
@@ -241,33 +213,24 @@ class Refinement(nn.Module):
         self.size, self.warp_features = size, warp_features
         self.attention = NeighbourAttention(dimensions, channels, fourier_scale)
 
-    def look(self, moving: Tensor, field: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The moving features around phi(x): features, relative positions, inside."""
-        shape = field.shape[2:]
-        centre = _points(transform_grid(field))
-        if self.warp_features:
-            steps = offsets(self.size, len(shape), centre)
-            relative = steps.expand(*centre.shape[:2], *steps.shape)
-            place = (centre.unsqueeze(-2) + steps).movedim(-1, 1)
-            place = place.reshape(*place.shape, *(1,) * (field.ndim - place.ndim))
-            seen = sample(moving, place).flatten(3).movedim(1, -1)
-            return seen, relative, torch.ones_like(relative[..., 0], dtype=torch.bool)
-        nodes, index, inside = neighbourhood(centre, self.size, shape)
-        # A point that has left the image looks at the border; how far it is says the position,
-        # kept within a range that training reaches.
-        reach = float(self.size)
-        relative = (nodes - centre.unsqueeze(-2)).clamp(-reach, reach)
-        return _gather(_points(moving), index), relative, inside
+    def resampled(self, moving: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The moving features on a grid around each point: features, relative positions, inside."""
+        steps = offsets(self.size, centre.shape[-1], centre)
+        relative = steps.expand(*centre.shape[:2], *steps.shape)
+        place = (centre.unsqueeze(-2) + steps).movedim(-1, 1)
+        place = place.reshape(*place.shape, *(1,) * (moving.ndim - place.ndim))
+        seen = sample(moving, place).flatten(3).movedim(1, -1)
+        return seen, relative, torch.ones_like(relative[..., 0], dtype=torch.bool)
 
     def forward(self, moving: Tensor, fixed: Tensor, field: Tensor) -> Tensor:
         """Features ``(B, C, *S_l)`` of both images and the field so far -> the next field."""
-        points, shape = _points(fixed), field.shape[2:]
+        points, shape, centre = _points(fixed), field.shape[2:], _points(transform_grid(field))
         if self.warp_features:
-            step = self.attention.move(
-                points, self.attention.plain(points, *self.look(moving, field))[1]
-            )
+            _, attended = self.attention.plain(points, *self.resampled(moving, centre))
+            step = self.attention.move(points, attended)
         else:
-            centre = _points(transform_grid(field))
+            # A point that has left the image looks at the border; how far it is says the position,
+            # kept within a range that training reaches.
             reach = float(self.size)
             around = Neighbours(_points(moving), shape, centre, centre, self.size, reach=reach)
             step = self.attention(points, around)

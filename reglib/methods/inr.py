@@ -48,7 +48,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reglib.checks import check_choice, check_numbers, check_points, check_positive_int
+from reglib.checks import check_choice, check_number, check_points, check_positive_int
 from reglib.data.nifti import voxel_to_world
 from reglib.geometry.affine import affine_field, whole_field
 from reglib.geometry.fields import compose
@@ -63,13 +63,6 @@ from reglib.objectives.mind import mind
 
 #: Points at which the motion network is read at once, and to which a rigid transform is fitted.
 CHUNK = 65_536
-
-
-def _check_number(value: float, name: str, least: float, most: float = math.inf) -> float:
-    [number] = check_numbers([value], name)
-    if not least <= number <= most or number == math.inf:
-        raise ValueError(f"{name}: wanted a number from {least:g} to {most:g}, got {value!r}")
-    return number
 
 
 # --- The networks -----------------------------------------------------------------------------
@@ -112,13 +105,12 @@ class CoordinateSettings:
     def __post_init__(self) -> None:
         for name in ("levels", "features", "table", "depth", "width"):
             check_positive_int(getattr(self, name), name)
-        _check_number(self.coarsest, "coarsest", 0, 1)
-        _check_number(self.finest, "finest", self.coarsest, 1)
-        _check_number(self.scale, "scale", 0)
-        _check_number(self.margin, "margin", 0)
-        _check_number(self.coarse_to_fine, "coarse_to_fine", 0, 1)
-        if _check_number(self.lr, "lr", 0) == 0:
-            raise ValueError("lr: wanted a positive number, got 0")
+        check_number(self.coarsest, "coarsest", 0, 1)
+        check_number(self.finest, "finest", self.coarsest, 1)
+        check_number(self.scale, "scale", 0)
+        check_number(self.margin, "margin", 0)
+        check_number(self.coarse_to_fine, "coarse_to_fine", 0, 1)
+        check_number(self.lr, "lr", positive=True)
 
     def cells(self, share: float, shape: Sequence[int]) -> tuple[int, ...]:
         """Cells along each axis, given how many there are per voxel; at least one."""
@@ -298,8 +290,8 @@ class INR:
             check_positive_int(getattr(self, name), name)
         if self.coordinates is not None:
             check_positive_int(self.coordinates, "coordinates")
-        _check_number(self.wait, "wait", 0, 1)
-        if self.bound is not None and _check_number(self.bound, "bound", 0) == 0:
+        check_number(self.wait, "wait", 0, 1)
+        if self.bound is not None and check_number(self.bound, "bound", 0) == 0:
             raise ValueError("bound: wanted a positive number or None, got 0")
         if self.search is not None and not isinstance(self.search, Search):
             raise TypeError(f"search: wanted a Search or None, got {type(self.search).__name__}")

@@ -43,26 +43,31 @@ def offsets(size: int, dimensions: int, like: Tensor) -> Tensor:
     return torch.cartesian_prod(*(reach,) * dimensions).view(-1, dimensions)
 
 
-def first_nodes(place: Tensor, size: int, shape: Sequence[int]) -> Tensor:
-    """The node ``(..., D)`` that :func:`offsets` count from, of points ``(..., D)``.
+def neighbourhood(place: Tensor, size: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``size**D`` grid nodes nearest to each point.
 
     Odd sizes surround the nearest node, even sizes the cell that encloses the point. A point
     outside the grid is given the neighbourhood of the nearest place inside.
+
+    Args:
+        place: points ``(..., D)`` in voxels of the grid.
+        size: nodes along each axis.
+        shape: spatial shape of the grid.
+
+    Returns:
+        Positions of the nodes ``(..., K, D)``, their flat indices ``(..., K)`` (0 where there is no
+        node), and whether they lie inside the grid ``(..., K)``.
     """
     last = torch.tensor([n - 1 for n in shape], dtype=place.dtype, device=place.device)
     start = place.round() if size % 2 else place.floor()
     # The last cell starts one node before the last node.
     final = last if size % 2 else (last - 1).clamp(min=0)
-    return start.clamp(min=torch.zeros_like(last), max=final)
-
-
-def flat_index(nodes: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Flat indices ``(...)`` of nodes ``(..., D)``, 0 where there is none, and whether there is."""
-    last = torch.tensor([n - 1 for n in shape], dtype=nodes.dtype, device=nodes.device)
+    start = start.clamp(min=torch.zeros_like(last), max=final)
+    nodes = start.unsqueeze(-2) + offsets(size, len(shape), place)
     inside = ((nodes >= 0) & (nodes <= last)).all(-1)
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    stride = torch.tensor(strides, dtype=torch.long, device=nodes.device)
-    return (nodes.long() * stride).sum(-1) * inside, inside
+    stride = torch.tensor(strides, dtype=torch.long, device=place.device)
+    return nodes, (nodes.long() * stride).sum(-1) * inside, inside
 
 
 def attend(query: Tensor, neighbours: Neighbours, frequencies: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ def attend(query: Tensor, neighbours: Neighbours, frequencies: Tensor) -> Tensor
             neighbours.features.to(query.dtype),
             neighbours.centre,
             neighbours.shift,
-            first_nodes(neighbours.place.detach(), neighbours.size, neighbours.shape),
+            neighbours.place.detach(),
             2 * math.pi * frequencies,
             neighbours,
         )
@@ -113,13 +118,13 @@ class _Attend(torch.autograd.Function):
         features: Tensor,
         centre: Tensor,
         shift: Tensor | None,
-        start: Tensor,
+        place: Tensor,
         frequencies: Tensor,
         neighbours: Neighbours,
     ) -> Tensor:
-        ctx.save_for_backward(query, features, centre, shift, start, frequencies)
+        ctx.save_for_backward(query, features, centre, shift, place, frequencies)
         ctx.rest = neighbours.shape, neighbours.size, neighbours.reach
-        work = _Work(query, features, centre, shift, start, frequencies, ctx.rest)
+        work = _Work(query, features, centre, shift, place, frequencies, ctx.rest)
         out = torch.empty_like(work.query)
         for rows in work.parts():
             part = work.part(rows)
@@ -129,8 +134,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, features, centre, shift, start, frequencies = ctx.saved_tensors
-        work = _Work(query, features, centre, shift, start, frequencies, ctx.rest)
+        query, features, centre, shift, place, frequencies = ctx.saved_tensors
+        work = _Work(query, features, centre, shift, place, frequencies, ctx.rest)
         half = frequencies.shape[1]
         to_query = torch.empty_like(work.query)
         to_features = torch.zeros_like(work.features)
@@ -173,29 +178,27 @@ class _Work:
         features: Tensor,
         centre: Tensor,
         shift: Tensor | None,
-        start: Tensor,
+        place: Tensor,
         frequencies: Tensor,
         rest: tuple[Sequence[int], int, float | None],
     ) -> None:
-        self.shape, size, self.reach = rest
+        self.shape, self.size, self.reach = rest
         self.points, self.nodes = query.shape[1], features.shape[1]
         self.query, self.features = query.flatten(0, 1), features.flatten(0, 1)
-        self.centre, self.start = centre.flatten(0, 1), start.flatten(0, 1)
+        self.centre, self.place = centre.flatten(0, 1), place.flatten(0, 1)
         self.shift = None if shift is None else shift.flatten(0, 1)
         self.frequencies = frequencies
-        self.offsets = offsets(size, len(self.shape), start)
 
     def parts(self) -> list[slice]:
         """Slices of the points."""
         count, channels = self.query.shape
         most = _PART.get(self.query.device.type, _PART["cpu"])
-        rows = max(1, most // (len(self.offsets) * channels))
+        rows = max(1, most // (self.size ** len(self.shape) * channels))
         return [slice(first, first + rows) for first in range(0, count, rows)]
 
     def part(self, rows: slice) -> _Part:
         """What the points in ``rows`` look at."""
-        nodes = self.start[rows].unsqueeze(1) + self.offsets
-        index, inside = flat_index(nodes, self.shape)
+        nodes, index, inside = neighbourhood(self.place[rows], self.size, self.shape)
         number = torch.arange(rows.start, rows.start + len(index), device=index.device)
         index = index + (number // self.points * self.nodes).unsqueeze(1)
         if self.shift is not None:

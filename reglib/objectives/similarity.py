@@ -8,7 +8,6 @@ autocast off.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from reglib.checks import (
     check_choice,
     check_image,
+    check_number,
     check_numbers,
     check_positive_int,
     check_same_shape,
@@ -282,9 +282,8 @@ def dssim(
     """
     w, f, weight = prepare_pair(warped, fixed, weight)
     check_window(window)
-    for name, value in (("data_range", data_range), ("sigma", sigma)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: wanted a positive number, got {value!r}")
+    check_number(data_range, "data_range", positive=True)
+    check_number(sigma, "sigma", positive=True)
     weight = torch.ones_like(w[:, :1]) if weight is None else weight.detach()
     with no_autocast(w):
         total = gaussian_sum(weight, sigma, window // 2)
