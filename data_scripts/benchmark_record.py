@@ -259,14 +259,30 @@ def summarise_one(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def compare(ours: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
-    """The mean difference of Dice on the pairs that both have, and its interval."""
-    scores = {key(row)[:3]: score(row) for row in other}
-    both = [row for row in ours if key(row)[:3] in scores]
-    gain = [score(row) - scores[key(row)[:3]] for row in both]
+def differences(
+    ours: Sequence[Row], other: Sequence[Row], value: Callable[[Row], float]
+) -> tuple[list[float], list[int]]:
+    """How far the value of ours is above that of the other, pair by pair, and the clusters.
+
+    Pairs that only one of the two has are left out.
+    """
+    theirs = {key(row)[:3]: value(row) for row in other}
+    both = [row for row in ours if key(row)[:3] in theirs]
+    return [value(row) - theirs[key(row)[:3]] for row in both], [row["cluster"] for row in both]
+
+
+def compare(
+    ours: Sequence[Row],
+    other: Sequence[Row],
+    name: str = "dice",
+    value: Callable[[Row], float] = score,
+) -> dict[str, Any]:
+    """The mean of :func:`differences`, called ``name``, with its interval."""
+    gain, clusters = differences(ours, other, value)
     return {
-        "dice": round(statistics.fmean(gain), 4) if gain else None,
-        "interval": interval(gain, [row["cluster"] for row in both]),
+        "pairs": len(gain),
+        name: round(statistics.fmean(gain), 4) if gain else None,
+        "interval": interval(gain, clusters),
     }
 
 

@@ -64,7 +64,16 @@ from benchmark_classical import (
     run_reglib,
     versions,
 )
-from benchmark_record import UNREGISTERED, Key, Record, Row, fingerprint, interval, key
+from benchmark_record import (
+    UNREGISTERED,
+    Key,
+    Record,
+    Row,
+    compare,
+    differences,
+    fingerprint,
+    key,
+)
 from brains import scaled
 from provenance import ROOT, provenance, write_json
 from scipy import ndimage
@@ -349,17 +358,16 @@ def summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     }
 
 
+def ssim_of(row: Row) -> float:
+    """What is compared."""
+    return float(row["ssim"])
+
+
 def above(one: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
     """How far the SSIM of one is above that of another, on the pairs that both have."""
-    known = {key(row)[:3]: row["ssim"] for row in other}
-    both = [row for row in one if key(row)[:3] in known]
-    gain = [row["ssim"] - known[key(row)[:3]] for row in both]
-    return {
-        "pairs": len(gain),
-        "ssim": round(statistics.fmean(gain), 4) if gain else None,
-        "better": sum(x > 0 for x in gain),
-        "interval": interval(gain, [row["cluster"] for row in both]) if gain else None,
-    }
+    gain, _ = differences(one, other, ssim_of)
+    found = compare(one, other, "ssim", ssim_of)
+    return found | {"better": sum(x > 0 for x in gain)}
 
 
 def line(name: str, row: dict[str, Any]) -> str:

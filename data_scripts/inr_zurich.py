@@ -40,7 +40,7 @@ import benchmark_classical
 import peers
 import torch
 from benchmark_classical import SPLITS, Workers, known_or_stop, measure_all, versions
-from benchmark_record import DRAWS, UNREGISTERED, Record, Row, interval, key
+from benchmark_record import DRAWS, UNREGISTERED, Record, Row, compare, interval, key
 from provenance import ROOT, provenance
 from torch import Tensor
 
@@ -342,7 +342,11 @@ def summarise(rows: Sequence[Row], ours: Collection[str]) -> dict[str, Any]:
         },
         "harder": {
             modality: {
-                one: {other: compare(table[one], table[other]) for other in table if other != one}
+                one: {
+                    other: compare(table[one], table[other], "success", succeeded)
+                    for other in table
+                    if other != one
+                }
                 for one in table
                 if one in ours
             }
@@ -354,7 +358,7 @@ def summarise(rows: Sequence[Row], ours: Collection[str]) -> dict[str, Any]:
 def summarise_one(rows: Sequence[Row]) -> dict[str, Any]:
     """One configuration on the pairs of one set."""
     distances = [row["distance"] for row in rows]
-    successes = [float(row["success"]) for row in rows]
+    successes = [succeeded(row) for row in rows]
     seconds = [row["seconds"] for row in rows]
     return {
         "pairs": len(rows),
@@ -370,16 +374,9 @@ def summarise_one(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def compare(ours: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
-    """The mean difference of success on the pairs that both have, and its interval."""
-    theirs = {key(row)[:3]: row for row in other}
-    both = [row for row in ours if key(row)[:3] in theirs]
-    gain = [float(row["success"]) - float(theirs[key(row)[:3]]["success"]) for row in both]
-    return {
-        "pairs": len(both),
-        "success": round(statistics.fmean(gain), 4) if gain else None,
-        "interval": interval(gain, [row["cluster"] for row in both]) if gain else None,
-    }
+def succeeded(row: Row) -> float:
+    """1 or 0."""
+    return float(row["success"])
 
 
 def table(content: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ import peers
 import pretraining
 import torch
 from benchmark_classical import Case, Loaded, Workers, measure_all, run_reglib
-from benchmark_record import UNREGISTERED, Record, Row, compare, key, score, table
+from benchmark_record import UNREGISTERED, Record, Row, compare, differences, key, score, table
 from brains import Brains, ixi_structures, load, load_malf
 from provenance import ROOT, provenance, write_json
 from scipy.stats import wilcoxon
@@ -282,10 +282,10 @@ def beside(ours: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
         ``dice``, the mean difference, and its ``interval``; on how many ``subjects`` ours is
         ``better`` and ``worse``; ``p``.
     """
-    scores = {key(row)[:3]: score(row) for row in other}
-    gain = [score(row) - scores[key(row)[:3]] for row in ours if key(row)[:3] in scores]
+    gain, _ = differences(ours, other, score)
     counts = {"better": sum(x > 0 for x in gain), "worse": sum(x < 0 for x in gain)}
-    return compare(ours, other) | {"subjects": len(gain)} | counts | {"p": signed_rank(gain)}
+    found = compare(ours, other)
+    return {"subjects": found.pop("pairs")} | found | counts | {"p": signed_rank(gain)}
 
 
 def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:

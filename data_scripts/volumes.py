@@ -21,7 +21,7 @@ import benchmark_classical
 import peers
 import torch
 from benchmark_classical import Workers, measure_all, regularity, versions
-from benchmark_record import DRAWS, UNREGISTERED, Record, Row, interval, key
+from benchmark_record import DRAWS, UNREGISTERED, Record, Row, compare, interval, key
 from inr_zurich import settings_of
 from torch import Tensor
 
@@ -275,9 +275,7 @@ def summarise(rows: Sequence[Row], ours: Collection[str]) -> dict[str, Any]:
         },
         "above": {
             one: {
-                name: {
-                    other: compare(table[name], table[other]) for other in table if other != name
-                }
+                name: {other: better(table[name], table[other]) for other in table if other != name}
                 for name in table
                 if name in ours
             }
@@ -324,18 +322,11 @@ def summarise_one(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def compare(ours: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
+def better(ours: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
     """The mean gain on the pairs that both have, positive where ours is better."""
-    score = score_of(ours)
-    sign = -1 if score == "error" else 1
-    theirs = {key(row)[:3]: row[score] for row in other}
-    both = [row for row in ours if key(row)[:3] in theirs]
-    gain = [sign * (row[score] - theirs[key(row)[:3]]) for row in both]
-    return {
-        "pairs": len(both),
-        score: round(statistics.fmean(gain), 4),
-        "interval": interval(gain, [row["cluster"] for row in both]),
-    }
+    name = score_of(ours)
+    sign = -1 if name == "error" else 1
+    return compare(ours, other, name, lambda row: sign * row[name])
 
 
 def table(content: dict[str, Any]) -> str:
