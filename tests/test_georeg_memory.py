@@ -25,6 +25,7 @@ finally:
     sys.path.remove(str(SCRIPTS))
 
 SIZE = (32, 32, 32)
+FORMS = [script.NAIVE, script.OURS, script.LEAN, "VoxelMorph (MONAI)"]
 
 
 class AtOnce:
@@ -73,7 +74,9 @@ def test_the_naive_form_is_the_same_network(interpolation):
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """The script as a job of the queue, at a shape that takes no time."""
-    (tmp_path / "settings.json").write_text(json.dumps({"sizes": [SIZE], "steps": 1}))
+    (tmp_path / "settings.json").write_text(
+        json.dumps({"sizes": [SIZE], "steps": 1, "networks": FORMS})
+    )
     monkeypatch.setattr(script, "ProcessPoolExecutor", AtOnce)
     words = ["--settings", str(tmp_path / "settings.json"), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["georeg_memory.py", *words])
@@ -87,7 +90,7 @@ def test_a_job_measures_every_network_and_goes_on_where_it_was(job, capsys):
     assert run["device"] == "cpu"
     assert run["provenance"]["commit"]
     steps = {row["network"]: row for row in run["rows"] if row["kind"] == "step"}
-    assert tuple(steps) == script.NETWORKS
+    assert list(steps) == FORMS
     for name, row in steps.items():
         if name.startswith("VoxelMorph") and importlib.util.find_spec("monai") is None:
             assert row["left_out"] == "monai is not installed"
@@ -108,15 +111,16 @@ def test_a_job_measures_every_network_and_goes_on_where_it_was(job, capsys):
     assert len(attentions) == 2 * 3
     assert {(row["channels"], row["size"]) for row in attentions} == {(16, 2), (32, 3)}
     # Stopped before the last row.
-    content["runs"][0]["rows"] = run["rows"][:-1]
+    rows = run["rows"]
+    content["runs"][0]["rows"] = rows[:-1]
     job.write_text(json.dumps(content))
     capsys.readouterr()
     script.main()
     measured = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["kind"] for row in measured if "kind" in row] == ["attention"]
     again = json.loads(job.read_text())["runs"][0]["rows"]
-    assert again[:-1] == run["rows"][:-1]
-    assert len(again) == len(run["rows"])
+    assert again[:-1] == rows[:-1]
+    assert len(again) == len(rows)
 
 
 def test_images_are_padded_to_the_multiple_of_the_network():
@@ -175,10 +179,13 @@ def test_a_measurement_counts_what_a_step_holds_and_not_what_was_there():
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import georeg_memory as m\n"
         "held = torch.ones(2**23)\n"
-        "print(m.measured(lambda: torch.ones(2**24).sum(), 'cpu', 2)['peak_memory'])"
+        "step = lambda: torch.ones(2**24).sum()\n"
+        "found = m.measured(lambda: None, step, 'cpu', 2)\n"
+        "print(found['peak_memory'], found['peak_tensors'])"
     )
-    done = script_output(code)
-    assert 0.95 * 2**26 < int(done) < 1.3 * 2**26
+    resident, tensors = map(int, script_output(code).split())
+    assert 0.95 * 2**26 < resident < 1.3 * 2**26
+    assert 2**26 <= tensors < 2**26 + 1000
 
 
 def script_output(code):
@@ -189,9 +196,7 @@ def script_output(code):
     return done.stdout
 
 
-def test_a_trial_writes_nothing_and_changes_that_are_not_committed_are_refused(
-    monkeypatch, capsys
-):
+def test_a_trial_writes_nothing_and_changes_that_are_not_committed_are_refused(monkeypatch, capsys):
     path = ROOT / "results" / script.NAME
     before = path.read_bytes() if path.exists() else None
     monkeypatch.setattr(script, "ProcessPoolExecutor", AtOnce)

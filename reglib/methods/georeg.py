@@ -55,6 +55,9 @@ from reglib.objectives.regularity import bending
 from reglib.objectives.similarity import ncc
 from reglib.weights import load_weights, save_weights
 
+#: With checkpointing the points of a level are done in so many parts, or fewer.
+PARTS = 16
+
 #: The network trained by ``data_scripts/georeg_mnist.py``, relative to this folder.
 WEIGHTS = "weights/georeg_mnist.safetensors"
 
@@ -84,16 +87,6 @@ def _again(function: Callable[..., Any], *inputs: Any) -> Any:
     """The result of ``function``, of which only the inputs are kept for the backward pass."""
     # Nothing here is random.
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def _again_in_parts(function: Callable[..., Tensor], numbers: int, *inputs: Tensor) -> Tensor:
-    """The same for what is done to points ``(B, P, C)`` one by one, some of them at a time.
-
-    ``numbers`` is how many each point forms at most.
-    """
-    rows = part_rows(inputs[0].device, numbers)
-    parts = zip(*(x.split(rows, 1) for x in inputs), strict=True)
-    return torch.cat([_again(function, *part) for part in parts], 1)
 
 
 def _double_conv(dimensions: int, inputs: int, outputs: int) -> nn.Sequential:
@@ -205,17 +198,22 @@ class NeighbourAttention(nn.Module):
         if spacing is not None:
             # gamma of a position in millimetres; the positions themselves stay in voxels.
             frequencies = spacing.unsqueeze(1) * frequencies
+
+        def look(points: Tensor, place: Tensor, centre: Tensor) -> Tensor:
+            around = neighbours._replace(place=place, centre=centre)
+            attended = attend(self._asked(points), around, frequencies)
+            return self.move(points, self.value(attended))
+
+        inputs = points, neighbours.place, neighbours.centre
         if not (self.checkpointing and torch.is_grad_enabled()):
-            attended = attend(self._asked(points), neighbours, frequencies)
-            return self._answered(points, attended)
-        attended = attend(_again(self._asked, points), neighbours, frequencies)
-        return _again_in_parts(self._answered, 2 * points.shape[-1], points, attended)
+            return look(*inputs)
+        # Each part adds up a gradient of all that is looked at: not too many of them.
+        rows = max(part_rows(points.device, 2 * points.shape[-1]), -(-points.shape[1] // PARTS))
+        parts = zip(*(torch.split(x, rows, 1) for x in inputs), strict=True)
+        return torch.cat([_again(look, *part) for part in parts], 1)
 
     def _asked(self, points: Tensor) -> Tensor:
         return self.query(points) @ self.key.weight / math.sqrt(points.shape[-1])
-
-    def _answered(self, points: Tensor, attended: Tensor) -> Tensor:
-        return self.move(points, self.value(attended))
 
     def plain(
         self, points: Tensor, neighbours: Tensor, relative: Tensor, inside: Tensor
@@ -455,9 +453,9 @@ class GeoReg(nn.Module):
             neighbourhood there. Memory and time grow with the square of their number.
         spacing: mm per voxel of the images, axis order, for relative positions and predicted
             displacements in mm; ``None`` counts in voxels. What :meth:`forward` takes by default.
-        checkpointing: keep only the features of each level and what its points attended to, and
-            compute the rest again in the backward pass: the same numbers in less memory. It may be
-            set and unset later. See also :func:`objective`.
+        checkpointing: keep only the features and fields of each level, and compute the rest again
+            in the backward pass: the same numbers in less memory and more time. It may be set and
+            unset later. See also :func:`objective`.
 
     Raises:
         TypeError, ValueError: if the settings do not fit together.
