@@ -350,6 +350,8 @@ def measure(task: Task, device: str, steps: int) -> dict[str, Any]:
         return row | kinds[task.kind](task, device, steps)
     except ModuleNotFoundError as error:
         return row | {"left_out": f"{error.name} is not installed"}
+    except torch.cuda.OutOfMemoryError:
+        return row | {"left_out": "out of memory"}
 
 
 # --- All of them ------------------------------------------------------------------------------

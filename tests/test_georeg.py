@@ -786,6 +786,7 @@ def test_checkpointing_changes_neither_field_nor_gradients(
     """In float64, where sums in another order differ by 1e-12; also with parts of a few points."""
     if part is not None:
         monkeypatch.setitem(neighbours._PART, "cpu", part)
+        monkeypatch.setattr(georeg, "ALONE", 100)
     moving, fixed = images(dimensions, 2, torch.float64), images(dimensions, 2, torch.float64)
     moving, fixed = moving[..., :8], fixed.flip(2)[..., :8]
     fields, gradients = [], []

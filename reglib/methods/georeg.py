@@ -58,6 +58,10 @@ from reglib.weights import load_weights, save_weights
 #: With checkpointing the points of a level are done in so many parts, or fewer.
 PARTS = 16
 
+#: With checkpointing images are encoded one by one at levels of so many numbers or more: on a CPU,
+#: PyTorch convolves one small volume more slowly than two.
+ALONE = 2**20
+
 #: The network trained by ``data_scripts/georeg_mnist.py``, relative to this folder.
 WEIGHTS = "weights/georeg_mnist.safetensors"
 
@@ -110,17 +114,21 @@ class Encoder(nn.Module):
             self.first.append(_double_conv(dimensions, inputs, outputs))
             self.second.append(_double_conv(dimensions, outputs, outputs))
             inputs = outputs
+        self.dimensions, self.channels = dimensions, tuple(channels)
         self.checkpointing = False
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """``(B, C, *S)`` -> features ``(B, channels[l], *S_l)``, finest first."""
         features: list[Tensor] = []
         for level in range(len(self.first)):
-            inputs = (level, features[-1] if features else image)
-            if self.checkpointing and torch.is_grad_enabled():
-                features.append(_again(self._level, *inputs))
-            else:
-                features.append(self._level(*inputs))
+            x = features[-1] if features else image
+            if not (self.checkpointing and torch.is_grad_enabled()):
+                features.append(self._level(level, x))
+                continue
+            # Large images one by one, so that the backward pass holds what one of them needs.
+            numbers = x[0, 0].numel() * self.channels[level] // (2**self.dimensions if level else 1)
+            images = torch.split(x, 1 if numbers >= ALONE else len(x))
+            features.append(torch.cat([_again(self._level, level, one) for one in images]))
         return features
 
     def _level(self, level: int, x: Tensor) -> Tensor:
@@ -333,7 +341,7 @@ class Bottleneck(nn.Module):
 
     A transformer decoder: attention among the fixed points, then to all moving nodes, each with
     gamma of its place relative to the middle of the image added; no gradient flows to the places.
-    The middle makes it depend on where in the image things are, unlike :class:`Refinement`.
+    The middle makes it depend on where in the image things are, unlike ``Refinement``.
     """
 
     def __init__(self, dimensions: int, channels: int, fourier_scale: float) -> None:
@@ -452,10 +460,10 @@ class GeoReg(nn.Module):
         bottleneck: let every point of the coarsest level see all of both images, in place of the
             neighbourhood there. Memory and time grow with the square of their number.
         spacing: mm per voxel of the images, axis order, for relative positions and predicted
-            displacements in mm; ``None`` counts in voxels. What :meth:`forward` takes by default.
+            displacements in mm; ``None`` counts in voxels. What ``forward`` takes by default.
         checkpointing: keep only the features and fields of each level, and compute the rest again
-            in the backward pass: the same numbers in less memory and more time. It may be set and
-            unset later. See also :func:`objective`.
+            in the backward pass: the same to rounding in less memory and more time. It may be set
+            and unset later. See also :func:`objective`.
 
     Raises:
         TypeError, ValueError: if the settings do not fit together.
@@ -615,12 +623,8 @@ class GeoReg(nn.Module):
         self.check(moving, "moving")
         self.check(fixed, "fixed")
         check_same_shape(moving, fixed, ("moving", "fixed"))
-        if self.checkpointing and torch.is_grad_enabled():
-            # One after the other: the backward pass holds a level of one image at a time.
-            features = list(zip(self.encoder(moving), self.encoder(fixed), strict=True))
-        else:
-            both = self.encoder(torch.cat([moving, fixed]))
-            features = [level.chunk(2) for level in both]  # (moving, fixed), finest first
+        both = self.encoder(torch.cat([moving, fixed]))
+        features = [level.chunk(2) for level in both]  # (moving, fixed), finest first
         coarsest = features[-1][1]
         # Coordinates never fall below single precision, whatever the images and autocast say.
         field = torch.zeros(
@@ -693,8 +697,7 @@ def objective(
         regularity_weight: lambda, one for all levels or one per level, finest first.
         level_weight: w_l of equation 10, for both terms, likewise.
         deep_supervision: ``False`` looks at the final field only (the control of the ablation).
-        checkpointing: compute each term again in the backward pass: the same numbers in less
-            memory.
+        checkpointing: compute each term again in the backward pass: the same in less memory.
 
     Returns:
         Terms ``"similarity"`` and ``"regularity"``, each summed over the supervised fields.
