@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from reglib.data.results import read_results
 from reglib.methods import georeg
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,3 +210,15 @@ def test_a_trial_writes_nothing_and_changes_that_are_not_committed_are_refused(m
     with pytest.raises(SystemExit, match="not committed"):
         script.main()
     assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_the_committed_judgements_follow_from_the_committed_rows():
+    content = read_results("georeg_memory")
+    assert {key: content[key] for key in script.HEAD} == script.HEAD
+    for run in content["runs"]:
+        device = "cpu" if run["device"] == "cpu" else "cuda"
+        assert run["targets"] == script.targets(run["rows"], device)
+        names = [script._name(row) for row in run["rows"]]
+        assert len(set(names)) == len(names)
+        for row in run["rows"]:
+            assert ("peak_memory" in row) == ("seconds" in row)
