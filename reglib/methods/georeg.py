@@ -610,7 +610,9 @@ class GeoReg(nn.Module):
         Args:
             moving: ``(B, inputs, *S)``, floating point, sizes multiples of ``size_multiple``.
             fixed: of the same shape.
-            spacing: mm per voxel of both, axis order; ``None`` takes the one of the settings.
+            spacing: mm per voxel of both, axis order; ``None`` takes the one of the settings. For a
+                network that was trained with it: one that has learned to count in voxels does so
+                on any grid, and finds less when it is told lengths it has never seen.
 
         Returns:
             The field on the fixed grid, and every intermediate field by level and iteration, all of
