@@ -504,6 +504,345 @@ def test_pretrained_weights_register_unseen_digits() -> None:
     assert of_itself.norm(dim=1).mean() < 0.35 * field.norm(dim=1).mean()
 
 
+# --- Options: voxel spacing, neighbours in the fixed image, the global bottleneck -----------------
+
+OPTIONS = [
+    {"siblings": 3},
+    {"siblings": (0, 2, 3)},
+    {"bottleneck": True},
+    {"siblings": 3, "bottleneck": True, "iterations": (1, 1, 3), "spacing": (1.0, 2.5, 0.7)},
+]
+
+
+def fitting(settings: dict, dimensions: int) -> dict:
+    """The settings with a spacing of as many numbers as there are axes."""
+    if "spacing" in settings:
+        return settings | {"spacing": settings["spacing"][:dimensions]}
+    return settings
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("settings", OPTIONS)
+def test_options_keep_shapes_start_near_the_identity_and_train_every_weight(
+    dimensions: int, settings: dict
+) -> None:
+    settings = fitting(settings, dimensions)
+    torch.manual_seed(0)
+    network = georeg.GeoReg(dimensions=dimensions, channels=(4, 6, 8), **settings)
+    for batch in (1, 2, 3):
+        moving, fixed = images(dimensions, batch), images(dimensions, batch).flip(2)
+        output = network(moving, fixed)
+        plain = georeg.GeoReg(
+            dimensions=dimensions, channels=(4, 6, 8), iterations=network.iterations
+        )(moving, fixed)
+        for stage, usual in zip(output.stages, plain.stages, strict=True):
+            assert stage[:2] == usual[:2]
+            assert stage.field.shape == usual.field.shape
+        # The heads start at a hundredth of Xavier; 0.7 mm a voxel makes a millimetre 1.4 voxels.
+        assert output.field.abs().max() < 0.7
+    network = small(dimensions, **settings)
+    terms = georeg.objective(network(moving, fixed), moving, fixed)
+    torch.stack(tuple(terms.values())).sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_with_options_a_pair_gives_in_a_batch_what_it_gives_alone(dimensions: int) -> None:
+    network = small(dimensions, **fitting(OPTIONS[-1], dimensions))
+    moving, fixed = images(dimensions, 3), images(dimensions, 3).flip(2)
+    together = network(moving, fixed).field
+    for i in range(3):
+        alone = network(moving[i : i + 1], fixed[i : i + 1]).field
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_options_add_to_a_network_and_change_nothing_else_of_it() -> None:
+    """Weights and files from before the options existed stay as they were."""
+    plain, optional = small(), small(siblings=3)
+    assert plain.state_dict().keys() < optional.state_dict().keys()
+    new = optional.state_dict().keys() - plain.state_dict().keys()
+    assert {name.split(".")[0] for name in new} == {"siblings"}
+    torch.manual_seed(0)
+    bare = georeg.GeoReg(channels=(4, 6, 8)).state_dict()
+    torch.manual_seed(0)
+    more = georeg.GeoReg(channels=(4, 6, 8), siblings=3).state_dict()
+    assert all(value.equal(more[name]) for name, value in bare.items())
+    assert not plain.settings.keys() & {"siblings", "bottleneck", "spacing", "checkpointing"}
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("size", [2, 3])
+def test_siblings_equal_a_plain_loop(dimensions: int, size: int) -> None:
+    torch.manual_seed(0)
+    shape, spacing = (4, 5, 3)[:dimensions], torch.tensor([1.0, 3.0, 0.5]).double()[:dimensions]
+    module = georeg.Siblings(dimensions, 4, size, 0.2).double()
+    spread_heads(module)
+    fixed = torch.randn(2, 4, *shape).double()
+    got = module(fixed, spacing)
+    assert got.shape == fixed.shape
+    for b, x in itertools.product(range(2), itertools.product(*map(range, shape))):
+        here = torch.tensor(x).double()
+        around = [
+            (fixed[(b, slice(None), *n)], (torch.tensor(n) - here) * spacing)
+            for n in nodes_around(here, size, shape)
+        ]
+        expected = plain_attention(module.attention, fixed[(b, slice(None), *x)], around)
+        torch.testing.assert_close(got[(b, slice(None), *x)], expected, atol=1e-9, rtol=1e-9)
+
+
+def test_siblings_keep_nothing_of_the_size_of_all_neighbours() -> None:
+    """Numbers that autograd stores per point: 27 neighbours of 8 channels would be 216."""
+    stored: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        stored[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
+        return x
+
+    module = georeg.Siblings(3, 8, 3, 0.2)
+    fixed = torch.randn(1, 8, 12, 12, 12, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = module(fixed)
+    assert out.requires_grad
+    # Twelve channels-sized tensors or so: query, what was asked, attended, two norms, MLP.
+    assert sum(stored.values()) < 130 * 12**3
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_the_bottleneck_equals_its_attentions_written_out(dimensions: int) -> None:
+    torch.manual_seed(0)
+    shape, spacing = (3, 4, 2)[:dimensions], torch.tensor([1.0, 2.0, 0.5]).double()[:dimensions]
+    module = georeg.Bottleneck(dimensions, 6, 0.2).double()
+    spread_heads(module)
+    moving, fixed = torch.randn(2, 2, 6, *shape).double()
+    field = torch.randn(2, dimensions, *shape).double()
+    got = module(moving, fixed, field, spacing)
+    layer = module.decoder
+
+    def attention(part: torch.nn.MultiheadAttention, asking: Tensor, seen: Tensor) -> Tensor:
+        w, b = part.in_proj_weight.chunk(3), part.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(x, w[i], b[i]) for i, x in enumerate((asking, seen, seen)))
+        return part.out_proj((q @ k.T / math.sqrt(6)).softmax(-1) @ v)
+
+    places = list(itertools.product(*map(range, shape)))
+    middle = (torch.tensor(shape).double() - 1) / 2
+    for b in range(2):
+        points, nodes = [], []
+        for place in places:
+            here, at = (b, slice(None), *place), torch.tensor(place).double() - middle
+            points.append(fixed[here] + module.position((at + field[here]) * spacing))
+            nodes.append(moving[here] + module.position(at * spacing))
+        x, seen = torch.stack(points), torch.stack(nodes)
+        x = layer.norm1(x + attention(layer.self_attn, x, x))
+        x = layer.norm2(x + attention(layer.multihead_attn, x, seen))
+        x = layer.norm3(x + layer.linear2(layer.linear1(x).relu()))
+        for place, step in zip(places, module.head(x) / spacing, strict=True):
+            here = (b, slice(None), *place)
+            torch.testing.assert_close(got[here], field[here] + step, atol=1e-9, rtol=1e-9)
+
+
+def test_in_the_bottleneck_every_point_sees_the_whole_of_both_images() -> None:
+    torch.manual_seed(0)
+    seen = {}
+    for name, tau in (
+        ("all", georeg.Bottleneck(2, 4, 0.2)),
+        ("near", georeg.Refinement(2, 4, 3, 0.2)),
+    ):
+        spread_heads(tau)
+        moving, fixed = torch.randn(2, 1, 4, 6, 7).unbind()
+        moving.requires_grad_()
+        fixed.requires_grad_()
+        tau(moving, fixed, torch.zeros(1, 2, 6, 7))[0, :, 1, 5].sum().backward()
+        seen[name] = [int((x.grad.abs().sum((0, 1)) > 0).sum()) for x in (moving, fixed)]
+    assert seen == {"all": [42, 42], "near": [9, 1]}
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("settings", [{}, {"siblings": 3, "bottleneck": True}])
+def test_a_spacing_of_one_is_no_spacing_to_the_last_bit(dimensions: int, settings: dict) -> None:
+    network = small(dimensions, **settings)
+    x = images(dimensions, 2)
+    plain = network(x, x.flip(2))
+    told = network(x, x.flip(2), spacing=(1,) * dimensions)
+    for a, b in zip(plain.stages, told.stages, strict=True):
+        assert a.field.equal(b.field)
+    other = network(x, x.flip(2), spacing=(1, 3, 1)[:dimensions])
+    assert not other.field.equal(plain.field)
+
+
+def test_the_spacing_of_the_settings_is_used_where_no_other_is_given(tmp_path) -> None:
+    x, path = images(2, 2), tmp_path / "network.safetensors"
+    network, told = small(), small(spacing=(1.0, 3.0))
+    expected = network(x, x.flip(2), spacing=(1.0, 3.0)).field
+    assert told(x, x.flip(2)).field.equal(expected)
+    assert told(x, x.flip(2), spacing=(1, 1)).field.equal(network(x, x.flip(2)).field)
+    georeg.save(told, path, card={})
+    assert georeg.load(path)(x, x.flip(2)).field.equal(expected)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("warp_features", [False, True])
+def test_with_a_spacing_positions_and_steps_are_in_millimetres(
+    dimensions: int, warp_features: bool
+) -> None:
+    """Both tau and delta against a plain loop that knows millimetres only; fields stay in voxels.
+
+    What tau sees of the moving image are the same nodes, given to the attention in millimetres.
+    """
+    torch.manual_seed(0)
+    spacing = torch.tensor([1.0, 3.0, 0.5]).double()[:dimensions]
+    shape, coarse = (4, 6, 4)[:dimensions], (2, 3, 2)[:dimensions]
+    tau = georeg.Refinement(dimensions, 4, 3, 0.2, warp_features=warp_features).double()
+    delta = georeg.Interpolation(dimensions, 6, 4, 2, 0.2).double()
+    spread_heads(tau)
+    spread_heads(delta)
+    moving, fixed = torch.randn(2, 1, 4, *shape).double()
+    field = torch.randn(1, dimensions, *shape).double()
+    got = tau(moving, fixed, field, spacing)
+    if not warp_features:
+        for x in itertools.product(*map(range, shape)):
+            phi = torch.tensor(x).double() + field[(0, slice(None), *x)]
+            seen = [
+                (
+                    moving[(0, slice(None), *n)],
+                    # Those that left the image are as far as 3 voxels along each axis.
+                    (torch.tensor(n) - phi).clamp(-3, 3) * spacing,
+                )
+                for n in nodes_around(phi, 3, shape)
+            ]
+            step = plain_attention(tau.attention, fixed[(0, slice(None), *x)], seen) / spacing
+            expected = field[(0, slice(None), *x)] + step
+            torch.testing.assert_close(got[(0, slice(None), *x)], expected, atol=1e-9, rtol=1e-9)
+    else:
+        assert not got.allclose(tau(moving, fixed, field))
+    parents, below = torch.randn(1, 6, *coarse).double(), torch.randn(1, dimensions, *coarse)
+    below = below.double()
+    got, inherited = delta(fixed, parents, below, spacing), upsample_field(below, 2, shape)
+    for x in itertools.product(*map(range, shape)):
+        here, place = (0, slice(None), *x), (torch.tensor(x).double() - 0.5) / 2
+        at = place + inherited[here] / 2
+        seen = [
+            (
+                delta.match(parents[(0, slice(None), *n)]),
+                (torch.tensor(n) + below[(0, slice(None), *n)] - at) * spacing,
+            )
+            for n in nodes_around(place, 2, coarse)
+        ]
+        step = plain_attention(delta.attention, fixed[here], seen) / spacing
+        torch.testing.assert_close(got[here], inherited[here] + step, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"siblings": 3}, {"bottleneck": True}])
+def test_the_unit_of_the_spacing_is_that_of_frequencies_and_heads(settings: dict) -> None:
+    """Lengths in tenths, cycles per tenth and heads ten times as large: the same field."""
+    network = small(**settings).double()
+    x = images(2, 2, torch.float64)
+    expected = network(x, x.flip(2), spacing=(1.0, 3.0)).field
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            if name.endswith("frequencies"):
+                value.div_(10)
+            if name.endswith("head.2.weight"):
+                value.mul_(10)
+    found = network(x, x.flip(2), spacing=(10.0, 30.0)).field
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"siblings": 3, "bottleneck": True}])
+def test_turning_images_weights_and_spacing_turns_the_field(settings: dict) -> None:
+    """Component c of a spacing belongs to axis c: with one of another axis this fails."""
+    order, spacing = (2, 0, 1), (1.0, 3.0, 0.6)
+    network, turned = small(3, **settings).double(), small(3, **settings).double()
+    state = turned.state_dict()
+    for name, value in network.state_dict().items():
+        if name.endswith("frequencies") or name.endswith("head.2.weight"):
+            state[name].copy_(value[list(order)])
+        elif value.ndim == 5:
+            state[name].copy_(value.permute(0, 1, *(2 + a for a in order)))
+
+    def turn(x: Tensor) -> Tensor:
+        return x.permute(0, 1, *(2 + a for a in order))
+
+    x = torch.rand(2, 1, 8, 12, 16, generator=torch.Generator().manual_seed(0)).double()
+    field = network(x, x.flip(3), spacing=spacing).field
+    found = turned(turn(x), turn(x.flip(3)), spacing=[spacing[a] for a in order]).field
+    expected = turn(field)[:, list(order)]
+    torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-8)
+    wrong = turned(turn(x), turn(x.flip(3)), spacing=spacing).field
+    assert (wrong - expected).abs().max() > 1e-3
+
+
+# --- Less memory ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("settings", [{}, *OPTIONS[-1:]])
+@pytest.mark.parametrize("part", [None, 50])
+def test_checkpointing_changes_neither_field_nor_gradients(
+    dimensions: int, settings: dict, part: int | None, monkeypatch
+) -> None:
+    """In float64, where sums in another order differ by 1e-12; also with parts of a few points."""
+    if part is not None:
+        monkeypatch.setitem(neighbours._PART, "cpu", part)
+        monkeypatch.setattr(georeg, "ALONE", 100)
+    moving, fixed = images(dimensions, 2, torch.float64), images(dimensions, 2, torch.float64)
+    moving, fixed = moving[..., :8], fixed.flip(2)[..., :8]
+    fields, gradients = [], []
+    for on in (False, True):
+        network = small(dimensions, **fitting(settings, dimensions), checkpointing=on).double()
+        assert network.checkpointing is on
+        output = network(moving, fixed)
+        terms = georeg.objective(output, moving, fixed, checkpointing=on)
+        torch.stack(tuple(terms.values())).sum().backward()
+        fields.append(output.field)
+        gradients.append({name: p.grad for name, p in network.named_parameters()})
+    torch.testing.assert_close(*fields, atol=1e-11, rtol=1e-11)
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-10, rtol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_of_a_refinement_is_that_of_finite_differences(checkpointing: bool) -> None:
+    """In features of both images and the field, away from where the neighbours change."""
+    torch.manual_seed(0)
+    tau = georeg.Refinement(3, 4, 2, 0.2).double()
+    spread_heads(tau)
+    tau.attention.checkpointing = checkpointing
+    shape = (3, 4, 3)
+    leaves = [torch.randn(1, 4, *shape).double().requires_grad_() for _ in range(2)]
+    leaves.append((0.3 + 0.2 * torch.rand(1, 3, *shape).double()).requires_grad_())
+    spacing = torch.tensor([1.0, 2.0, 0.5]).double()
+    assert torch.autograd.gradcheck(lambda *x: tau(*x, spacing), leaves, fast_mode=True)
+
+
+def test_checkpointing_is_close_in_single_precision_and_off_where_nothing_is_trained() -> None:
+    moving, fixed = images(3, 2), images(3, 2).flip(3)
+    network, lean = small(3), small(3, checkpointing=True)
+    expected = network(moving, fixed).field
+    torch.testing.assert_close(lean(moving, fixed).field, expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert lean(moving, fixed).field.equal(expected)
+    lean.checkpointing = False
+    assert lean(moving, fixed).field.equal(expected)
+
+
+def test_checkpointing_keeps_a_third_or_less() -> None:
+    """Bytes that the forward pass and the loss have allocated and not given back."""
+    moving, fixed = torch.rand(2, 1, 1, 24, 24, 24, generator=torch.Generator().manual_seed(0))
+    kept = []
+    for on in (False, True):
+        network = small(3, checkpointing=on)
+        with torch.profiler.profile(profile_memory=True) as seen:
+            output = network(moving, fixed)
+            terms = georeg.objective(output, moving, fixed, checkpointing=on)
+        kept.append(sum(event.self_cpu_memory_usage for event in seen.key_averages()))
+        assert terms["similarity"].requires_grad
+        del output, terms
+    assert 0 < 3 * kept[1] < kept[0]
+
+
 # --- Bad input, and files -----------------------------------------------------------------------
 
 GOOD = torch.rand(1, 1, 12, 16)
@@ -549,11 +888,28 @@ def test_bad_images_are_refused_at_the_door(moving, fixed, error, words) -> None
         ({"neighbourhoods": (3, 3, 0)}, "neighbourhoods"),
         ({"iterations": (1, 0, 1)}, "iterations"),
         ({"interpolation": -1}, "interpolation"),
+        ({"siblings": 2.5}, "siblings"),
+        ({"siblings": (3, 3)}, "siblings"),
+        ({"siblings": -1}, "siblings"),
+        (
+            {"siblings": 3 * (3,), "neighbourhoods": (0, 3, 3), "iterations": (0, 1, 1)},
+            "siblings",
+        ),
+        ({"bottleneck": 1}, "bottleneck"),
+        ({"spacing": (1.0,)}, "spacing"),
+        ({"spacing": (1.0, 0.0)}, "spacing"),
+        ({"spacing": "ab"}, "spacing"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, word: str) -> None:
     with pytest.raises((TypeError, ValueError), match=word):
         small(**settings)
+
+
+@pytest.mark.parametrize("spacing", [(1.0,), (1.0, -1.0), (1.0, math.nan), 2.0, "11"])
+def test_a_bad_spacing_is_refused(spacing: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="spacing"):
+        small()(GOOD, GOOD, spacing=spacing)
 
 
 def test_a_network_in_half_precision_is_refused() -> None:

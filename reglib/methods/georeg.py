@@ -11,14 +11,16 @@ travel. Written for 2-D and 3-D alike. Where it departs from the paper (P) or it
 - Queries sit on the *fixed* grid and neighbourhoods are gathered from the *moving* features, so
   that features and field mean the same thing (P and C say it the other way round, while their
   loss samples the moving image as we do).
-- Of the fixed image a point sees its own feature only, whose receptive field the encoder makes;
-  there is no second attention over fixed neighbours and no global bottleneck (options of C).
+- Of the fixed image a point sees its own feature only, whose receptive field the encoder makes.
+  Options of C, off by default as in most of its configurations: a second attention, over the fixed
+  neighbours, and a coarsest level where every point sees all of both images.
 - After the attention come a skip connection, two LayerNorms and a small MLP before the head, as
   in C; the equations of P end with the head.
 - The query is the encoder's feature at every level (P); C carries features from coarse to fine.
 - The similarity compares images pooled to each level (P); C samples the full moving image.
 - Relative positions are in voxels of the level, so a network does not depend on the image size,
-  and are clamped to the size of the neighbourhood.
+  and are clamped to the size of the neighbourhood. Told the voxel spacing, they and what is
+  predicted from them are in millimetres, ``2**level`` of them at each level.
 - What a level inherits are displacements, extrapolated linearly at the border.
 """
 
@@ -34,6 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from reglib.checks import (
     check_finite,
@@ -41,15 +44,23 @@ from reglib.checks import (
     check_numbers,
     check_positive_int,
     check_same_shape,
+    check_spacing,
 )
 from reglib.geometry.fields import upsample_field
 from reglib.geometry.grid import identity_grid, sample
 from reglib.geometry.sampling import transform_grid, warp
 from reglib.geometry.smoothing import pool, pyramid
-from reglib.methods.neighbours import Neighbours, attend, offsets
+from reglib.methods.neighbours import Neighbours, attend, offsets, part_rows
 from reglib.objectives.regularity import bending
 from reglib.objectives.similarity import ncc
 from reglib.weights import load_weights, save_weights
+
+#: With checkpointing the points of a level are done in so many parts, or fewer.
+PARTS = 16
+
+#: With checkpointing images are encoded one by one at levels of so many numbers or more: on a CPU,
+#: PyTorch convolves one small volume more slowly than two.
+ALONE = 2**20
 
 #: The network trained by ``data_scripts/georeg_mnist.py``, relative to this folder.
 WEIGHTS = "weights/georeg_mnist.safetensors"
@@ -76,14 +87,20 @@ class Output(NamedTuple):
     stages: tuple[Stage, ...]
 
 
+def _again(function: Callable[..., Any], *inputs: Any) -> Any:
+    """The result of ``function``, of which only the inputs are kept for the backward pass."""
+    # Nothing here is random.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def _double_conv(dimensions: int, inputs: int, outputs: int) -> nn.Sequential:
     conv = nn.Conv2d if dimensions == 2 else nn.Conv3d
     hidden = max(inputs, outputs)
     return nn.Sequential(
         conv(inputs, hidden, 3, padding=1),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         conv(hidden, outputs, 3, padding=1),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
     )
 
 
@@ -97,14 +114,26 @@ class Encoder(nn.Module):
             self.first.append(_double_conv(dimensions, inputs, outputs))
             self.second.append(_double_conv(dimensions, outputs, outputs))
             inputs = outputs
+        self.dimensions, self.channels = dimensions, tuple(channels)
+        self.checkpointing = False
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """``(B, C, *S)`` -> features ``(B, channels[l], *S_l)``, finest first."""
         features: list[Tensor] = []
-        for first, second in zip(self.first, self.second, strict=True):
-            x = first(pool(features[-1], 2) if features else image)
-            features.append(x + second(x))
+        for level in range(len(self.first)):
+            x = features[-1] if features else image
+            if not (self.checkpointing and torch.is_grad_enabled()):
+                features.append(self._level(level, x))
+                continue
+            # Large images one by one, so that the backward pass holds what one of them needs.
+            numbers = x[0, 0].numel() * self.channels[level] // (2**self.dimensions if level else 1)
+            images = torch.split(x, 1 if numbers >= ALONE else len(x))
+            features.append(torch.cat([_again(self._level, level, one) for one in images]))
         return features
+
+    def _level(self, level: int, x: Tensor) -> Tensor:
+        x = self.first[level](pool(x, 2) if level else x)
+        return x + self.second[level](x)
 
 
 class FourierFeatures(nn.Module):
@@ -126,6 +155,13 @@ class FourierFeatures(nn.Module):
         return torch.cat([torch.sin(angle), torch.cos(angle)], -1)
 
 
+def _head(dimensions: int, channels: int, activation: nn.Module) -> nn.Sequential:
+    """From features to a displacement, which starts near 0."""
+    displacement = nn.Linear(2 * channels, dimensions, bias=False)
+    nn.init.xavier_uniform_(displacement.weight, gain=0.01)
+    return nn.Sequential(nn.Linear(channels, 2 * channels), activation, displacement)
+
+
 class NeighbourAttention(nn.Module):
     """Position-aware cross-attention and the head that turns it into a displacement (4 to 7).
 
@@ -133,11 +169,15 @@ class NeighbourAttention(nn.Module):
     d_i = head(sum_j softmax_j(q_i . k_ij / sqrt(C)) v_ij). Keys and values are never formed per
     neighbour: q . W_K x = (W_K^T q) . x, and the sum over j goes before W_V. What is summed over j
     is :func:`reglib.methods.neighbours.attend`, which keeps nothing per neighbour either;
-    :meth:`plain` is the same written out, and gives the weights.
+    :meth:`plain` is the same written out, and gives the weights. Without ``moves`` there is no
+    head, and what comes out are features.
     """
 
-    def __init__(self, dimensions: int, channels: int, fourier_scale: float) -> None:
+    def __init__(
+        self, dimensions: int, channels: int, fourier_scale: float, *, moves: bool = True
+    ) -> None:
         super().__init__()
+        self.checkpointing = False
         self.position = FourierFeatures(dimensions, channels, fourier_scale)
         self.query = nn.Linear(channels, channels)
         # A key bias would add the same number to every logit of a point: it has no effect.
@@ -145,17 +185,40 @@ class NeighbourAttention(nn.Module):
         self.value = nn.Linear(channels, channels)
         self.norm_attention = nn.LayerNorm(channels)
         self.mix = nn.Sequential(
-            nn.Linear(channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, channels)
+            nn.Linear(channels, 2 * channels),
+            nn.ReLU(inplace=True),
+            nn.Linear(2 * channels, channels),
         )
         self.norm_mix = nn.LayerNorm(channels)
-        displacement = nn.Linear(2 * channels, dimensions, bias=False)
-        nn.init.xavier_uniform_(displacement.weight, gain=0.01)  # starts near the identity
-        self.head = nn.Sequential(nn.Linear(channels, 2 * channels), nn.ReLU(), displacement)
+        self.head: nn.Module = nn.Identity()
+        if moves:
+            self.head = _head(dimensions, channels, nn.ReLU(inplace=True))
 
-    def forward(self, points: Tensor, neighbours: Neighbours) -> Tensor:
-        """Displacements ``(B, P, D)`` of points with features ``(B, P, C)``."""
-        attended = attend(self._asked(points), neighbours, self.position.frequencies)
-        return self.move(points, self.value(attended))
+    def forward(
+        self, points: Tensor, neighbours: Neighbours, spacing: Tensor | None = None
+    ) -> Tensor:
+        """Displacements ``(B, P, D)`` of points with features ``(B, P, C)``.
+
+        ``spacing`` ``(D,)`` is the length of a voxel along each axis, and the unit of the
+        displacements that in which it is given; ``None`` is 1 everywhere.
+        """
+        frequencies = self.position.frequencies
+        if spacing is not None:
+            # gamma of a position in millimetres; the positions themselves stay in voxels.
+            frequencies = spacing.unsqueeze(1) * frequencies
+
+        def look(points: Tensor, place: Tensor, centre: Tensor) -> Tensor:
+            around = neighbours._replace(place=place, centre=centre)
+            attended = attend(self._asked(points), around, frequencies)
+            return self.move(points, self.value(attended))
+
+        inputs = points, neighbours.place, neighbours.centre
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return look(*inputs)
+        # Each part adds up a gradient of all that is looked at: not too many of them.
+        rows = max(part_rows(points.device, 2 * points.shape[-1]), -(-points.shape[1] // PARTS))
+        parts = zip(*(torch.split(x, rows, 1) for x in inputs), strict=True)
+        return torch.cat([_again(look, *part) for part in parts], 1)
 
     def _asked(self, points: Tensor) -> Tensor:
         return self.query(points) @ self.key.weight / math.sqrt(points.shape[-1])
@@ -178,7 +241,10 @@ class NeighbourAttention(nn.Module):
         return weights, self.value((weights.unsqueeze(-1) * x).sum(-2))
 
     def move(self, points: Tensor, attended: Tensor) -> Tensor:
-        """Displacements ``(B, P, D)``, of the points and what they attended to."""
+        """Displacements ``(B, P, D)``, of the points and what they attended to.
+
+        Features ``(B, P, C)`` where there is no head.
+        """
         h = self.norm_attention(points + attended)
         return self.head(self.norm_mix(h + self.mix(h)))
 
@@ -191,6 +257,10 @@ def _points(grid: Tensor) -> Tensor:
 def _grid(points: Tensor, shape: Sequence[int]) -> Tensor:
     """``(B, P, C)`` -> ``(B, C, *S)``."""
     return points.transpose(1, 2).reshape(points.shape[0], points.shape[2], *shape)
+
+
+def _in_voxels(step: Tensor, spacing: Tensor | None) -> Tensor:
+    return step if spacing is None else step / spacing
 
 
 class Refinement(nn.Module):
@@ -222,19 +292,81 @@ class Refinement(nn.Module):
         seen = sample(moving, place).flatten(3).movedim(1, -1)
         return seen, relative, torch.ones_like(relative[..., 0], dtype=torch.bool)
 
-    def forward(self, moving: Tensor, fixed: Tensor, field: Tensor) -> Tensor:
-        """Features ``(B, C, *S_l)`` of both images and the field so far -> the next field."""
+    def forward(
+        self, moving: Tensor, fixed: Tensor, field: Tensor, spacing: Tensor | None = None
+    ) -> Tensor:
+        """Features ``(B, C, *S_l)`` of both images and the field so far -> the next field.
+
+        Fields are in voxels whatever the ``spacing`` ``(D,)``, the length of a voxel.
+        """
         points, shape, centre = _points(fixed), field.shape[2:], _points(transform_grid(field))
         if self.warp_features:
-            _, attended = self.attention.plain(points, *self.resampled(moving, centre))
+            seen, relative, inside = self.resampled(moving, centre)
+            relative = relative if spacing is None else relative * spacing
+            _, attended = self.attention.plain(points, seen, relative, inside)
             step = self.attention.move(points, attended)
         else:
             # A point that has left the image looks at the border; how far it is says the position,
             # kept within a range that training reaches.
             reach = float(self.size)
             around = Neighbours(_points(moving), shape, centre, centre, self.size, reach=reach)
-            step = self.attention(points, around)
-        return field + _grid(step, shape)
+            step = self.attention(points, around, spacing)
+        return field + _grid(_in_voxels(step, spacing), shape)
+
+
+class Siblings(nn.Module):
+    """What a point of the fixed image sees around itself in its own image, before it looks across.
+
+    The attention of tau, with queries, keys and values from one image (an option of the released
+    code; appendix 6 of the paper: one operation on each image instead of one on both).
+    """
+
+    def __init__(self, dimensions: int, channels: int, size: int, fourier_scale: float) -> None:
+        super().__init__()
+        self.size = size
+        self.attention = NeighbourAttention(dimensions, channels, fourier_scale, moves=False)
+
+    def forward(self, fixed: Tensor, spacing: Tensor | None = None) -> Tensor:
+        """Features ``(B, C, *S_l)`` of the fixed image -> features that know their neighbours."""
+        points, shape = _points(fixed), fixed.shape[2:]
+        dtype = torch.promote_types(fixed.dtype, torch.float32)
+        place = _points(identity_grid(shape, dtype=dtype, device=fixed.device))
+        place = place.expand(len(fixed), -1, -1)
+        around = Neighbours(points, shape, place, place, self.size)
+        return _grid(self.attention(points, around, spacing), shape)
+
+
+class Bottleneck(nn.Module):
+    """tau where every point sees all of both images, for the coarsest level (an option of C).
+
+    A transformer decoder: attention among the fixed points, then to all moving nodes, each with
+    gamma of its place relative to the middle of the image added; no gradient flows to the places.
+    The middle makes it depend on where in the image things are, unlike ``Refinement``.
+    """
+
+    def __init__(self, dimensions: int, channels: int, fourier_scale: float) -> None:
+        super().__init__()
+        self.position = FourierFeatures(dimensions, channels, fourier_scale)
+        self.decoder = nn.TransformerDecoderLayer(
+            channels, 1, 2 * channels, dropout=0.0, batch_first=True
+        )
+        self.head = _head(dimensions, channels, nn.LeakyReLU(0.1))
+
+    def forward(
+        self, moving: Tensor, fixed: Tensor, field: Tensor, spacing: Tensor | None = None
+    ) -> Tensor:
+        """Features ``(B, C, *S_l)`` of both images and the field so far -> the next field."""
+        shape = field.shape[2:]
+        rest = _points(identity_grid(shape, dtype=field.dtype, device=field.device))
+        # The middle of opposite corners.
+        from_middle = rest - rest[:, [0, -1]].mean(1, keepdim=True)
+        moved = from_middle + _points(field.detach())
+        if spacing is not None:
+            from_middle, moved = from_middle * spacing, moved * spacing
+        points = _points(fixed) + self.position(moved)
+        nodes = _points(moving) + self.position(from_middle)
+        step = self.head(self.decoder(points, nodes))
+        return field + _grid(_in_voxels(step, spacing), shape)
 
 
 class Interpolation(nn.Module):
@@ -253,7 +385,9 @@ class Interpolation(nn.Module):
         self.match = nn.Linear(parents, children)
         self.attention = NeighbourAttention(dimensions, children, fourier_scale)
 
-    def forward(self, children: Tensor, parents: Tensor, field: Tensor) -> Tensor:
+    def forward(
+        self, children: Tensor, parents: Tensor, field: Tensor, spacing: Tensor | None = None
+    ) -> Tensor:
         """Features of the fixed image at both levels and the coarse field -> the fine field."""
         shape, coarse = children.shape[2:], field.shape[2:]
         inherited = upsample_field(field, 2, shape)
@@ -268,7 +402,8 @@ class Interpolation(nn.Module):
             size=self.size,
             shift=_points(field),
         )
-        return inherited + _grid(self.attention(_points(children), seen), shape)
+        step = self.attention(_points(children), seen, spacing)
+        return inherited + _grid(_in_voxels(step, spacing), shape)
 
 
 def _counts(values: Sequence[int], name: str, length: int | None) -> Sequence[int]:
@@ -316,9 +451,19 @@ class GeoReg(nn.Module):
             the neighbourhood is 0.
         interpolation: parents along each axis for the learned interpolation, one number or one per
             level but the coarsest, finest first; 0 makes it linear.
-        fourier_scale: standard deviation of the Fourier frequencies, in cycles per voxel.
+        fourier_scale: standard deviation of the Fourier frequencies, in cycles per voxel (per
+            millimetre at the finest level where a spacing is given).
         warp_features: resample the moving features at phi(x) instead of attending to them where
             they are (for the ablation).
+        siblings: nodes along each axis of its own image that a point looks at before it looks into
+            the moving one, one number or one per level, finest first; 0 looks at none.
+        bottleneck: let every point of the coarsest level see all of both images, in place of the
+            neighbourhood there. Memory and time grow with the square of their number.
+        spacing: mm per voxel of the images, axis order, for relative positions and predicted
+            displacements in mm; ``None`` counts in voxels. What ``forward`` takes by default.
+        checkpointing: keep only the features and fields of each level, and compute the rest again
+            in the backward pass: the same to rounding in less memory and more time. It may be set
+            and unset later. See also :func:`objective`.
 
     Raises:
         TypeError, ValueError: if the settings do not fit together.
@@ -335,6 +480,10 @@ class GeoReg(nn.Module):
         interpolation: int | Sequence[int] = 2,
         fourier_scale: float = 0.15,
         warp_features: bool = False,
+        siblings: int | Sequence[int] = 0,
+        bottleneck: bool = False,
+        spacing: Sequence[float] | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if dimensions not in (2, 3):
@@ -358,6 +507,20 @@ class GeoReg(nn.Module):
             )
         if not 0 < fourier_scale < math.inf:
             raise ValueError(f"fourier_scale: wanted a positive number, got {fourier_scale!r}")
+        if isinstance(siblings, Sequence):
+            around = list(_counts(siblings, "siblings", levels))
+        else:
+            [size] = _counts([siblings], "siblings", 1)
+            around = [size if k else 0 for k in neighbourhoods]
+        if any(s and not k for s, k in zip(around, neighbourhoods, strict=True)):
+            raise ValueError(
+                f"siblings: wanted 0 where a level is not refined, got {siblings!r} with "
+                f"neighbourhoods {neighbourhoods!r}"
+            )
+        if not isinstance(bottleneck, bool):
+            raise TypeError(f"bottleneck: wanted True or False, got {bottleneck!r}")
+        #: mm per voxel of the images, or ``None``.
+        self.spacing = None if spacing is None else check_spacing(spacing, dimensions)
         #: What a file of weights says about them; empty for a new network.
         self.card: dict[str, Any] = {}
         #: The arguments, to build the same network again.
@@ -371,6 +534,13 @@ class GeoReg(nn.Module):
             "fourier_scale": fourier_scale,
             "warp_features": warp_features,
         }
+        # Where they are off there is no trace of them, as in files from before they existed.
+        if any(around):
+            self.settings["siblings"] = around
+        if bottleneck:
+            self.settings["bottleneck"] = True
+        if self.spacing is not None:
+            self.settings["spacing"] = list(self.spacing)
         self.dimensions, self.inputs, self.iterations = dimensions, inputs, tuple(iterations)
         self.encoder = Encoder(dimensions, inputs, channels)
         self.refinements = nn.ModuleList(
@@ -379,10 +549,28 @@ class GeoReg(nn.Module):
             else nn.Identity()
             for c, k in zip(channels, neighbourhoods, strict=True)
         )
+        if bottleneck:
+            self.refinements[-1] = Bottleneck(dimensions, channels[-1], fourier_scale)
         self.interpolations = nn.ModuleList(
             Interpolation(dimensions, coarse, fine, k, fourier_scale) if k else nn.Identity()
             for (fine, coarse), k in zip(itertools.pairwise(channels), parents, strict=True)
         )
+        self.siblings = nn.ModuleList(
+            Siblings(dimensions, c, k, fourier_scale) if k else nn.Identity()
+            for c, k in zip(channels, around, strict=True)
+        )
+        self.checkpointing = checkpointing
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the backward pass computes again what the forward pass has not kept."""
+        return self.encoder.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Encoder | NeighbourAttention):
+                module.checkpointing = on
 
     @property
     def size_multiple(self) -> int:
@@ -414,18 +602,25 @@ class GeoReg(nn.Module):
             raise TypeError(f"{name}: wanted {weight.dtype} like the weights, got {image.dtype}")
         check_finite(image, name)
 
-    def forward(self, moving: Tensor, fixed: Tensor) -> Output:
+    def forward(
+        self, moving: Tensor, fixed: Tensor, *, spacing: Sequence[float] | None = None
+    ) -> Output:
         """Register each moving image to its fixed one.
 
         Args:
             moving: ``(B, inputs, *S)``, floating point, sizes multiples of ``size_multiple``.
             fixed: of the same shape.
+            spacing: mm per voxel of both, axis order; ``None`` takes the one of the settings. For a
+                network that was trained with it: one that has learned to count in voxels does so
+                on any grid, and finds less when it is told lengths it has never seen.
 
         Returns:
-            The field on the fixed grid, and every intermediate field by level and iteration.
+            The field on the fixed grid, and every intermediate field by level and iteration, all of
+            them in voxels.
 
         Raises:
-            TypeError, ValueError: if an image is not what the network can take.
+            TypeError, ValueError: if an image is not what the network can take, or ``spacing`` not
+                one positive number per axis.
         """
         self.check(moving, "moving")
         self.check(fixed, "fixed")
@@ -439,22 +634,32 @@ class GeoReg(nn.Module):
             dtype=torch.promote_types(moving.dtype, torch.float32),
             device=coarsest.device,
         )
+        unit = self._unit(spacing, field)
         stages: list[Stage] = []
         for level in reversed(range(len(features))):
             moving_features, fixed_features = features[level]
             if level < len(features) - 1:
                 delta = self.interpolations[level]
                 if isinstance(delta, Interpolation):
-                    field = delta(fixed_features, features[level + 1][1], field)
+                    field = delta(fixed_features, features[level + 1][1], field, unit)
                 else:
                     field = upsample_field(field, 2, fixed_features.shape[2:])
                 stages.append(Stage(level, 0, field))
-            tau = self.refinements[level]
-            if isinstance(tau, Refinement):
+            tau, siblings = self.refinements[level], self.siblings[level]
+            if isinstance(siblings, Siblings):
+                fixed_features = siblings(fixed_features, unit)
+            if isinstance(tau, Refinement | Bottleneck):
                 for iteration in range(1, self.iterations[level] + 1):
-                    field = tau(moving_features, fixed_features, field)
+                    field = tau(moving_features, fixed_features, field, unit)
                     stages.append(Stage(level, iteration, field))
         return Output(field, tuple(stages))
+
+    def _unit(self, spacing: Sequence[float] | None, like: Tensor) -> Tensor | None:
+        """The length of a voxel along each axis, at every level in a unit of its own."""
+        if spacing is None and self.spacing is None:
+            return None
+        told = self.spacing if spacing is None else check_spacing(spacing, self.dimensions)
+        return torch.tensor(told, dtype=like.dtype, device=like.device)
 
 
 def _per_level(values: Sequence[float] | float, name: str, levels: int) -> tuple[float, ...]:
@@ -477,10 +682,13 @@ def objective(
     regularity_weight: Sequence[float] | float = 1.0,
     level_weight: Sequence[float] | float = 1.0,
     deep_supervision: bool = True,
+    checkpointing: bool = False,
 ) -> dict[str, Tensor]:
     """Supervise every iterate of every level and every interpolated field (8 to 10).
 
-    The images are pooled to the level of each field.
+    The images are pooled to the level of each field. For anisotropic voxels, give ``regularity``
+    their spacing (``functools.partial(bending, spacing=...)``): it then counts, like the network,
+    in ``2**level`` mm.
 
     Args:
         output: what :class:`GeoReg` returned.
@@ -491,6 +699,7 @@ def objective(
         regularity_weight: lambda, one for all levels or one per level, finest first.
         level_weight: w_l of equation 10, for both terms, likewise.
         deep_supervision: ``False`` looks at the final field only (the control of the ablation).
+        checkpointing: compute each term again in the backward pass: the same in less memory.
 
     Returns:
         Terms ``"similarity"`` and ``"regularity"``, each summed over the supervised fields.
@@ -504,10 +713,18 @@ def objective(
     importance = _per_level(level_weight, "level_weight", levels)
     stages = output.stages if deep_supervision else output.stages[-1:]
     terms: dict[str, list[Tensor]] = {"similarity": [], "regularity": []}
+
+    def look(level: int, field: Tensor) -> tuple[Tensor, Tensor]:
+        return similarity(warp(movings[level], field), fixeds[level]), regularity(field)
+
     for level, _, field in stages:
-        mismatch = similarity(warp(movings[level], field), fixeds[level])
+        if checkpointing and torch.is_grad_enabled():
+            # Unlike the network, a similarity of the caller's may be random.
+            mismatch, roughness = checkpoint(look, level, field, use_reentrant=False)
+        else:
+            mismatch, roughness = look(level, field)
         terms["similarity"].append(importance[level] * mismatch)
-        terms["regularity"].append(importance[level] * smoothness[level] * regularity(field))
+        terms["regularity"].append(importance[level] * smoothness[level] * roughness)
     return {name: torch.stack(values).sum() for name, values in terms.items()}
 
 
@@ -531,11 +748,12 @@ def save(network: GeoReg, path: str | Path, *, card: Mapping[str, object]) -> No
     save_weights(network, path, {**card, "method": "georeg", "settings": network.settings})
 
 
-def load(path: str | Path) -> GeoReg:
+def load(path: str | Path, *, checkpointing: bool = False) -> GeoReg:
     """Read a network written by :func:`save`.
 
     Args:
         path: a safetensors file.
+        checkpointing: as in :class:`GeoReg`.
 
     Returns:
         The network in evaluation mode, on the CPU; its ``card`` is everything the file says.
@@ -550,7 +768,7 @@ def load(path: str | Path) -> GeoReg:
             f"path: wanted weights of method 'georeg', got {card.get('method')!r} in {path}"
         )
     try:
-        network = GeoReg(**card["settings"])
+        network = GeoReg(**card["settings"], checkpointing=checkpointing)
         network.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"path: wanted a GeoReg network, got {path} ({error})") from error

@@ -37,6 +37,11 @@ class Neighbours(NamedTuple):
     reach: float | None = None  #: relative positions are clamped to this, along each axis
 
 
+def part_rows(device: torch.device, numbers: int) -> int:
+    """How many points a part holds, of which each forms so many numbers per tensor."""
+    return max(1, _PART.get(device.type, _PART["cpu"]) // numbers)
+
+
 def offsets(size: int, dimensions: int, like: Tensor) -> Tensor:
     """``(size**D, D)``: 0, 1 along each axis for size 2; -1, 0, 1 for size 3; -1 to 2 for 4."""
     reach = torch.arange(size, dtype=like.dtype, device=like.device) - (size - 1) // 2
@@ -184,7 +189,9 @@ class _Work:
     ) -> None:
         self.shape, self.size, self.reach = rest
         self.points, self.nodes = query.shape[1], features.shape[1]
-        self.query, self.features = query.flatten(0, 1), features.flatten(0, 1)
+        # Rows that lie apart in memory, as those of a feature map do, are gathered slowly.
+        self.query = query.flatten(0, 1).contiguous()
+        self.features = features.flatten(0, 1).contiguous()
         self.centre, self.place = centre.flatten(0, 1), place.flatten(0, 1)
         self.shift = None if shift is None else shift.flatten(0, 1)
         self.frequencies = frequencies
@@ -192,8 +199,7 @@ class _Work:
     def parts(self) -> list[slice]:
         """Slices of the points."""
         count, channels = self.query.shape
-        most = _PART.get(self.query.device.type, _PART["cpu"])
-        rows = max(1, most // (self.size ** len(self.shape) * channels))
+        rows = part_rows(self.query.device, self.size ** len(self.shape) * channels)
         return [slice(first, first + rows) for first in range(0, count, rows)]
 
     def part(self, rows: slice) -> _Part:
