@@ -58,8 +58,8 @@ from reglib.weights import load_weights, save_weights
 #: With checkpointing the points of a level are done in so many parts, or fewer.
 PARTS = 16
 
-#: With checkpointing images are encoded one by one at levels of so many numbers or more: on a CPU,
-#: PyTorch convolves one small volume more slowly than two.
+#: With checkpointing images are encoded one by one at levels of so many numbers or more. Smaller
+#: ones are not, as PyTorch convolves one small volume more slowly than two on a CPU.
 ALONE = 2**20
 
 #: The network trained by ``data_scripts/georeg_mnist.py``, relative to this folder.
