@@ -419,6 +419,8 @@ def measure_set(
     wanted = configurations
     if options.only is not None:
         wanted = {n: s for n, s in configurations.items() if n in options.only}
+    if not wanted:
+        return  # --only names configurations of the other set
     record.begin(wanted, {task for task in tasks if task[3] in [UNREGISTERED, *wanted]})
     python = benchmark_classical.make_environment()
     register_all(record, everything, wanted, python, options.jobs)
