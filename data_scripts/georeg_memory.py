@@ -19,19 +19,14 @@ import gc
 import itertools
 import json
 import math
-import multiprocessing
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from provenance import ROOT, provenance
-from timing import add, add_all, device_arguments, load, peak_memory, rounded, run_of, synchronise
+from timing import Record, alone, in_turn, peak_memory, rounded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -219,28 +214,17 @@ def most_allocated(step: Callable[[], object]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 
-def measured(
-    clear: Callable[[], object], step: Callable[[], object], device: str, steps: int
-) -> dict[str, Any]:
-    """Seconds and memory of a step, before which the gradients are cleared."""
+def measured(step: Callable[[], object], device: str, steps: int) -> dict[str, Any]:
+    """Seconds and memory of a step, which clears its gradients at its end."""
     base = held(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(steps + 1):
-        clear()
-        synchronise(device)
-        begin = time.perf_counter()
-        step()
-        synchronise(device)
-        seconds.append(time.perf_counter() - begin)
     found = {
-        "seconds": rounded(statistics.median(seconds[1:])),
+        "seconds": rounded(in_turn({"it": step}, steps, device)["it"]),
         "peak_memory": most_held(device) - base,
         "base_memory": base,
     }
     if device == "cpu":
-        clear()
         found["peak_tensors"] = most_allocated(step)
     return found
 
@@ -263,8 +247,9 @@ def measure_step(task: Task, device: str, steps: int) -> dict[str, Any]:
 
     def step() -> None:
         loss(moving, fixed).backward()
+        network.zero_grad()
 
-    found = measured(network.zero_grad, step, device, steps)
+    found = measured(step, device, steps)
     parameters = sum(p.numel() for p in network.parameters())
     return {"padded": list(shape), "parameters": parameters, **found}
 
@@ -284,15 +269,13 @@ def measure_attention(task: Task, device: str, steps: int) -> dict[str, Any]:
     field = torch.randn(1, 3, *task.shape, generator=generator).to(device)
     leaves = [x.detach().requires_grad_() for x in (*features, field)]
 
-    def clear() -> None:
+    def step() -> None:
+        module(*leaves).square().mean().backward()
         module.zero_grad()
         for leaf in leaves:
             leaf.grad = None
 
-    def step() -> None:
-        module(*leaves).square().mean().backward()
-
-    return measured(clear, step, device, steps)
+    return measured(step, device, steps)
 
 
 def measure_kept(task: Task, device: str, steps: int) -> dict[str, Any]:
@@ -456,47 +439,26 @@ def main() -> None:
     parser.add_argument("--sizes", type=_size, nargs="+", help="a trial at sizes such as 32x32x32")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="a trial with these")
     parser.add_argument("--steps", type=int, default=3, help="measured after the first")
-    device_arguments(parser)
-    options = parser.parse_args()
-    path = ROOT / "results" / NAME
-    if options.add is not None:
-        add_all(path, HEAD, options.add)
-        return
-    begin, before, device = time.perf_counter(), load(), "cpu"
+    record = Record(parser, NAME, HEAD)
+    options, device, rows = record.options, record.device, record.rows
     sizes, networks = options.sizes or SIZES, options.networks or NETWORKS
     trial = options.sizes is not None or options.networks is not None
-    rows: list[dict[str, Any]] = []
-    if options.settings is not None:
-        job = json.loads(options.settings.read_text())
-        sizes, path = [tuple(shape) for shape in job["sizes"]], options.out / NAME
-        networks, options.steps = job.get("networks", NETWORKS), job["steps"]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if path.exists():
-            rows = json.loads(path.read_text())["runs"][0]["rows"]
-    elif not trial and provenance()["uncommitted_changes"]:
+    if record.job is not None:
+        sizes = [tuple(shape) for shape in record.job["sizes"]]
+        networks, options.steps = record.job.get("networks", NETWORKS), record.job["steps"]
+    elif not trial and record.provenance["uncommitted_changes"]:
         raise SystemExit("reglib/ or data_scripts/ has changes that are not committed")
-    provenance()
-
-    def write() -> None:
-        found = targets(rows, device)
-        add(path, HEAD, run_of(device, begin, before, rows=rows, targets=found))
-
     done, limit = [_name(row) for row in rows], limit_of(device)
-    spawn = multiprocessing.get_context("spawn")
     for task in tasks(networks, sizes):
         if _name(asdict(task)) in done:
             continue
         row = estimated(task, rows, limit)
-        if row is None:
-            # A process for each: what the one before held must not count as its memory.
-            with ProcessPoolExecutor(1, mp_context=spawn) as alone:
-                row = alone.submit(measure, task, device, options.steps).result()
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if options.settings is not None:
-            write()
-    if options.settings is None and not trial:
-        write()
+        rows.append(row or alone(measure, task, device, options.steps))
+        print(json.dumps(rows[-1]), flush=True)
+        if record.job is not None:
+            record.write(rows=rows, targets=targets(rows, device))
+    if record.job is None and not trial:
+        record.write(rows=rows, targets=targets(rows, device))
     for one in targets(rows, device):
         print(json.dumps(one))
 

@@ -17,12 +17,10 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +28,7 @@ from typing import Any
 import pretraining
 import torch
 from nothing import Nothing
-from provenance import ROOT, provenance
-from timing import add, add_all, device_arguments, in_turn, load, peak_memory, rounded, run_of
+from timing import Record, alone, in_turn, peak_memory, rounded
 from torch import nn
 
 from reglib.synth import RandomPair, random_pair
@@ -249,38 +246,25 @@ def main() -> None:
     parser.add_argument("--voxels", type=int, nargs="+", choices=(2, 1), default=[2, 1])
     parser.add_argument("--steps", type=int, default=3, help="measured after the first (paper: 1)")
     parser.add_argument("--shape", type=int, nargs=3, help="a trial with all rows at this shape")
-    device_arguments(parser)
-    options = parser.parse_args()
-    path = ROOT / "results" / NAME
-    if options.add is not None:
-        add_all(path, HEAD, options.add)
-        return
-    begin, before, device = time.perf_counter(), load(), "cpu"
+    record = Record(parser, NAME, HEAD)
+    options, job, rows = record.options, record.job, record.rows
     shape = None if options.shape is None else tuple(options.shape)
-    if shape is not None:
+    trial = shape is not None
+    if trial:
         options.voxels = [2]
-    if options.settings is not None:
-        job = json.loads(options.settings.read_text())
+    if job is not None:
         options.parts, options.sizes, options.steps = job["parts"], job["sizes"], job["steps"]
         options.voxels = job.get("voxels", options.voxels)
-        shape, path = tuple(job["shape"]) if "shape" in job else None, options.out / NAME
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    provenance()
-    rows: list[dict[str, Any]] = []
-    if options.settings is not None and path.exists():
-        rows = json.loads(path.read_text())["runs"][0]["rows"]
+        shape, trial = tuple(job["shape"]) if "shape" in job else None, False
     done = [_name(row) for row in rows]
-    spawn = multiprocessing.get_context("spawn")
-    for task in tasks(options.parts, options.sizes, device, shape, options.voxels):
+    for task in tasks(options.parts, options.sizes, record.device, shape, options.voxels):
         if _name(asdict(task)) in done:
             continue
-        steps = 1 if device == "cpu" and task.size == "paper" else options.steps
-        # A process for each: what the one before held must not count as its memory.
-        with ProcessPoolExecutor(1, mp_context=spawn) as alone:
-            rows.append(alone.submit(measure, task, device, steps).result())
+        few = record.device == "cpu" and task.size == "paper"
+        rows.append(alone(measure, task, record.device, 1 if few else options.steps))
         print(json.dumps(rows[-1]), flush=True)
-        if shape is None or options.settings is not None:
-            add(path, HEAD, run_of(device, begin, before, rows=rows))
+        if not trial:
+            record.write(rows=rows)
 
 
 if __name__ == "__main__":

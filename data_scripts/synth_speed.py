@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import synth_baseline
 import torch
-from provenance import ROOT, provenance
-from timing import add, add_all, device_arguments, in_turn, load, peak_memory, rounded, run_of
+from timing import Record, in_turn, peak_memory, rounded
 
 from reglib.geometry.grid import sample
 from reglib.geometry.sampling import transform_grid, warp, warp_labels
@@ -93,23 +92,15 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, help="a trial at this shape")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--baselines", type=int, default=1, help="runs of the plain way")
-    device_arguments(parser)
-    options = parser.parse_args()
-    path = ROOT / "results" / NAME
-    if options.add is not None:
-        add_all(path, HEAD, options.add)
-        return
-    begin, before, device, shape = time.perf_counter(), load(), "cpu", options.shape
-    if options.settings is not None:
-        job = json.loads(options.settings.read_text())
-        shape, path = job.get("shape"), options.out / NAME
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        options.repeats, options.baselines = job["repeats"], 0
-    provenance()
-    found = measure(tuple(shape or SHAPE), device, options.repeats, options.baselines)
+    record = Record(parser, NAME, HEAD)
+    options = record.options
+    shape, repeats, baselines = options.shape, options.repeats, options.baselines
+    if record.job is not None:
+        shape, repeats, baselines = record.job.get("shape"), record.job["repeats"], 0
+    found = measure(tuple(shape or SHAPE), record.device, repeats, baselines)
     print(json.dumps(found, indent=1), flush=True)
     if options.shape is None:
-        add(path, HEAD, run_of(device, begin, before, **found))
+        record.write(**found)
 
 
 if __name__ == "__main__":

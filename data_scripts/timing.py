@@ -1,20 +1,27 @@
-"""What scripts that measure seconds share: medians, peak memory, and a results file by device."""
+"""What scripts that measure seconds share: medians, peak memory, and a results file by device.
+
+Such a script has a name for its file, a head that says what it measures, and runs: one a device.
+On the machine of ``make gpu`` it is given ``--settings FILE --out FOLDER`` and writes its file into
+that folder; ``--add FILE`` puts what came back into results/.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance, write_json
+from provenance import ROOT, provenance, write_json
 
 
 def synchronise(device: str) -> None:
@@ -37,6 +44,13 @@ def in_turn(
             if turn:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def alone(call: Callable[..., Any], *arguments: object) -> Any:
+    """The call's result, from a process of its own: what others held does not count as its."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(call, *arguments).result()
 
 
 def peak_memory(device: str) -> int:
@@ -80,14 +94,41 @@ def add(path: Path, head: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     write_json(path, {**head, "runs": sorted([*runs, run], key=lambda one: one["device"] != "cpu")})
 
 
-def device_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--add`` for people, ``--settings`` and ``--out`` for the queue of ``make gpu``."""
-    parser.add_argument("--add", type=Path, help="put the record of another machine into results/")
-    parser.add_argument("--settings", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+class Record:
+    """What one device is measured to, and the results file that holds it.
 
+    Adds ``--add``, ``--settings`` and ``--out`` to the parser and parses; ``--add`` puts the runs
+    of another machine's record into results/ and ends the program.
 
-def add_all(path: Path, head: Mapping[str, Any], record: Path) -> None:
-    """Put the runs of another machine's record into a results file."""
-    for run in json.loads(record.read_text())["runs"]:
-        add(path, head, run)
+    Attributes:
+        options: as parsed.
+        job: the settings of a job of ``make gpu``, or None.
+        device: ``"cuda"`` for a job on a machine that has it, else ``"cpu"``.
+        rows: what an earlier run of the same job has measured.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, name: str, head: Mapping[str, Any]) -> None:
+        parser.add_argument("--add", type=Path, help="put another machine's record into results/")
+        parser.add_argument("--settings", type=Path, help=argparse.SUPPRESS)
+        parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+        self.options, self.head = parser.parse_args(), head
+        self.path, self.device = ROOT / "results" / name, "cpu"
+        self.job: dict[str, Any] | None = None
+        self.rows: list[dict[str, Any]] = []
+        if self.options.add is not None:
+            for run in json.loads(self.options.add.read_text())["runs"]:
+                add(self.path, head, run)
+            parser.exit()
+        if self.options.settings is not None:
+            self.job = json.loads(self.options.settings.read_text())
+            self.path = self.options.out / name
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+            if self.path.exists():
+                self.rows = json.loads(self.path.read_text())["runs"][0].get("rows", [])
+        # Without the history a commit is told by the environment: better to fail before.
+        self.provenance = provenance()
+        self.begin, self.load = time.perf_counter(), load()
+
+    def write(self, **content: Any) -> None:
+        """Put this device's run, with that content, into the file."""
+        add(self.path, self.head, run_of(self.device, self.begin, self.load, **content))

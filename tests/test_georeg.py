@@ -82,16 +82,6 @@ def test_training_starts_near_the_identity() -> None:
     assert output.field.abs().max() < 0.5  # voxels: the heads start at a hundredth of Xavier
 
 
-@pytest.mark.parametrize("dimensions", [2, 3])
-def test_a_pair_gives_in_a_batch_what_it_gives_alone(dimensions: int) -> None:
-    network = small(dimensions)
-    moving, fixed = images(dimensions, 3), images(dimensions, 3).flip(2)
-    together = network(moving, fixed).field
-    for i in range(3):
-        alone = network(moving[i : i + 1], fixed[i : i + 1]).field
-        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
-
-
 def test_dtype_follows_the_input_and_coordinates_survive_autocast() -> None:
     x = images(2, 2, torch.float64)
     assert small().double()(x, x.flip(2)).field.dtype == torch.float64
@@ -549,9 +539,10 @@ def test_options_keep_shapes_start_near_the_identity_and_train_every_weight(
         assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("settings", [{}, OPTIONS[-1]], ids=["plain", "all options"])
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_with_options_a_pair_gives_in_a_batch_what_it_gives_alone(dimensions: int) -> None:
-    network = small(dimensions, **fitting(OPTIONS[-1], dimensions))
+def test_a_pair_gives_in_a_batch_what_it_gives_alone(dimensions: int, settings: dict) -> None:
+    network = small(dimensions, **fitting(settings, dimensions))
     moving, fixed = images(dimensions, 3), images(dimensions, 3).flip(2)
     together = network(moving, fixed).field
     for i in range(3):

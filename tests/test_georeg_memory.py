@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -22,29 +21,12 @@ SCRIPTS = ROOT / "data_scripts"
 sys.path.insert(0, str(SCRIPTS))
 try:
     script = importlib.import_module("georeg_memory")
+    timing = importlib.import_module("timing")
 finally:
     sys.path.remove(str(SCRIPTS))
 
 SIZE = (32, 32, 32)
 FORMS = [script.NAIVE, script.OURS, script.LEAN, "VoxelMorph (MONAI)"]
-
-
-class AtOnce:
-    """In place of a pool of processes: torch need not be imported for every row."""
-
-    def __init__(self, *arguments, **more):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def submit(self, call, *arguments):
-        future = Future()
-        future.set_result(call(*arguments))
-        return future
 
 
 @pytest.mark.parametrize("interpolation", [2, 3])
@@ -78,7 +60,7 @@ def job(tmp_path, monkeypatch):
     (tmp_path / "settings.json").write_text(
         json.dumps({"sizes": [SIZE], "steps": 1, "networks": FORMS})
     )
-    monkeypatch.setattr(script, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(script, "alone", lambda call, *arguments: call(*arguments))
     words = ["--settings", str(tmp_path / "settings.json"), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["georeg_memory.py", *words])
     script.main()
@@ -181,7 +163,7 @@ def test_a_measurement_counts_what_a_step_holds_and_not_what_was_there():
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import georeg_memory as m\n"
         "held = torch.ones(2**23)\n"
         "step = lambda: torch.ones(2**24).sum()\n"
-        "found = m.measured(lambda: None, step, 'cpu', 2)\n"
+        "found = m.measured(step, 'cpu', 2)\n"
         "print(found['peak_memory'], found['peak_tensors'])"
     )
     resident, tensors = map(int, script_output(code).split())
@@ -200,13 +182,13 @@ def script_output(code):
 def test_a_trial_writes_nothing_and_changes_that_are_not_committed_are_refused(monkeypatch, capsys):
     path = ROOT / "results" / script.NAME
     before = path.read_bytes() if path.exists() else None
-    monkeypatch.setattr(script, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(script, "alone", lambda call, *arguments: call(*arguments))
     words = ["--sizes", "32x32x32", "--networks", script.OURS, "--steps", "1"]
     monkeypatch.setattr(sys, "argv", ["georeg_memory.py", *words])
     script.main()
     assert json.loads(capsys.readouterr().out.splitlines()[0])["network"] == script.OURS
     monkeypatch.setattr(sys, "argv", ["georeg_memory.py"])
-    monkeypatch.setattr(script, "provenance", lambda: {"uncommitted_changes": True})
+    monkeypatch.setattr(timing, "provenance", lambda: {"uncommitted_changes": True})
     with pytest.raises(SystemExit, match="not committed"):
         script.main()
     assert (path.read_bytes() if path.exists() else None) == before

@@ -7,7 +7,6 @@ import itertools
 import json
 import re
 import sys
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -29,30 +28,12 @@ finally:
 # --- The script -----------------------------------------------------------------------------
 
 
-class AtOnce:
-    """In place of a pool of processes: torch need not be imported for every row."""
-
-    def __init__(self, *arguments, **more):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def submit(self, call, *arguments):
-        future = Future()
-        future.set_result(call(*arguments))
-        return future
-
-
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """The script as a job of the queue, at a shape that takes no time; what calls it."""
     settings = {"parts": ["steps"], "sizes": ["cpu"], "steps": 1, "shape": [16, 16, 24]}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    monkeypatch.setattr(script, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(script, "alone", lambda call, *arguments: call(*arguments))
     words = ["--settings", str(tmp_path / "settings.json"), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["step_times.py", *words])
     script.main()
