@@ -16,9 +16,9 @@ from torch import Tensor
 from reglib.data.nifti import voxel_to_world
 from reglib.geometry.affine import affine_field, grid_centre, rigid_matrix, transform_points
 from reglib.geometry.sampling import warp
-from reglib.methods.classical import Rigid
+from reglib.methods.classical import APART, Rigid
 from reglib.methods.pair import Pair
-from reglib.methods.search import APART, SURE, Search, comparison, confidence
+from reglib.methods.search import SURE, Search, comparison, confidence
 from reglib.objectives.mind import mind
 from reglib.objectives.similarity import mutual_information, ncc
 from reglib.registration import register

@@ -55,6 +55,12 @@ AFFINE_VOXELS = 100_000
 #: A start at which the images share less than this of the smaller one is not considered.
 LEAST_OVERLAP = 0.5
 
+#: Rigid maps that take the corners no farther apart than this share of the image are one start.
+APART = 0.08
+
+#: Steps that each start goes down a level before one of them is chosen.
+TRIAL_STEPS = 25
+
 #: Steps until the step size has risen to its full length.
 WARM_UP = 5
 
@@ -85,6 +91,19 @@ class Level(NamedTuple):
     def spacing(self) -> tuple[float, ...]:
         """Mm per voxel of the fixed grid."""
         return tuple(self.fixed_affine[:-1, :-1].norm(dim=0).tolist())
+
+    def copies(self, sample: int, count: int) -> Level:
+        """One sample of the batch, so many times."""
+
+        def repeat(x: Tensor) -> Tensor:
+            return x[sample : sample + 1].expand(count, *x.shape[1:])
+
+        return self._replace(
+            moving=repeat(self.moving),
+            fixed=repeat(self.fixed),
+            moving_mask=repeat(self.moving_mask),
+            fixed_mask=None if self.fixed_mask is None else repeat(self.fixed_mask),
+        )
 
     def look(self, field: Tensor, back: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The warped image, the fixed one (through ``back``), and how much each voxel counts.
@@ -271,8 +290,9 @@ class Rigid:
         tolerance: a level ends when the loss has not fallen by this share of its first value
             within 20 steps.
         initialise: ``"moments"`` tries the pair's own start, the centres of mass and the principal
-            axes, and begins with what fits best; ``"none"`` begins with the pair's own start. A
-            start that is not the identity is always kept.
+            axes: it follows each of them a little way down the two coarsest levels, and begins with
+            the one whose end fits best; ``"none"`` begins with the pair's own start. A start that
+            is not the identity is always kept.
 
     Raises:
         TypeError, ValueError: if a setting is malformed.
@@ -320,13 +340,14 @@ class Affine:
 def _align(method: Rigid | Affine, pair: Pair, rigid: tuple[bool, ...]) -> Iterator[Iterate]:
     """Coarse to fine; the coarsest level runs each of ``rigid`` in turn, the others the last."""
     start, pair = pair.affine, normalised(pair)
-    for number, size in enumerate(level_sizes(pair, method.levels, voxels=AFFINE_VOXELS)):
-        level = make_level(pair, size)
+    sizes = level_sizes(pair, method.levels, voxels=AFFINE_VOXELS)
+    levels = [make_level(pair, size) for size in sizes]
+    if method.initialise == "moments":
+        start = _best_start(method, levels, pair)
+    for number, level in enumerate(levels):
         u = carry_field(pair.field, pair.fixed_affine, level.fixed_affine, level.shape)
-        if number == 0 and method.initialise == "moments":
-            start = _best_start(level, start, u, method.similarity)
         for kind in rigid if number == 0 else rigid[-1:]:
-            name = f"{'rigid' if kind else 'affine'}, {size:.3g} mm"
+            name = f"{'rigid' if kind else 'affine'}, {level.size:.3g} mm"
             for iterate in _descend_affine(method, level, start, u, pair.field, kind, name):
                 yield iterate
             start = iterate.transform()[0]
@@ -408,18 +429,85 @@ def loss_of(level: Level, matrix: Tensor, u: Tensor, similarity: Similarity) -> 
     return loss.where(overlap >= LEAST_OVERLAP, torch.full_like(loss, math.inf)).cpu()
 
 
-def _best_start(level: Level, start: Tensor, u: Tensor, similarity: Similarity) -> Tensor:
-    """Per sample the start that fits best: its own, centres of mass, principal axes."""
-    identity = torch.eye(start.shape[1], dtype=start.dtype)
-    own = [not torch.equal(a, identity) or bool(v.any()) for a, v in zip(start, u, strict=True)]
-    candidates = [start, *_moment_starts(level)]
-    table = torch.stack([loss_of(level, matrix, u, similarity) for matrix in candidates])
-    table[1:, own] = math.inf
-    table[0] -= 1e-5  # roundings shall not choose another start
-    # Where nothing overlaps enough, the centres of mass are the best guess.
-    lost = ~table.isfinite().any(0) & ~torch.tensor(own)
-    chosen = torch.where(lost, torch.ones_like(table[0], dtype=torch.long), table.argmin(0))
-    return torch.stack([candidates[k][i] for i, k in enumerate(chosen.tolist())])
+def _best_start(method: Rigid | Affine, levels: Sequence[Level], pair: Pair) -> Tensor:
+    """Per sample the start that leads to the best fit: its own, centres of mass, principal axes."""
+    candidates = torch.stack([pair.affine, *_moment_starts(levels[0])], 1)
+    identity = torch.eye(pair.affine.shape[1], dtype=pair.affine.dtype)
+    chosen = []
+    for b, starts in enumerate(candidates):
+        given = not starts[0].equal(identity) or bool(pair.field[b].any())
+        chosen.append(starts[0] if given else _try(method, levels, b, starts))
+    return torch.stack(chosen)
+
+
+def _try(method: Rigid | Affine, levels: Sequence[Level], sample: int, starts: Tensor) -> Tensor:
+    """The one of a sample's starts ``(K, D+1, D+1)`` that leads to the best fit.
+
+    At the coarsest level a head is much like a head upside down. So no start is chosen for how it
+    fits there: all that differ go down two levels, and their ends are compared.
+    """
+
+    def copies(level: Level, count: int) -> tuple[Level, Tensor]:
+        here = level.copies(sample, count)
+        return here, here.fixed.new_zeros(count, len(level.shape), *level.shape)
+
+    level, u = copies(levels[0], len(starts))
+    losses = loss_of(level, starts, u, method.similarity)
+    losses[0] -= 1e-5  # roundings shall not choose another start
+    meet = losses.isfinite()
+    if not bool(meet.any()):
+        # Where nothing overlaps enough, the centres of mass are the best guess.
+        return starts[1]
+    shape, affine = level.shape, level.fixed_affine
+    starts = starts[meet][distinct(starts[meet], losses[meet], shape, affine)]
+    if len(starts) == 1:
+        return starts[0]
+    trial = dataclasses.replace(method, steps=min(method.steps, TRIAL_STEPS))
+    ends = starts
+    for one in levels[:2]:
+        level, u = copies(one, len(ends))
+        *_, last = _descend_affine(trial, level, ends, u, u, True, "trial")
+        ends = last.transform()[0]
+    # Of those that came to the same place, the one that fitted best before.
+    places = corners(ends, shape, affine)
+    best = places[loss_of(level, ends, u, method.similarity).argmin()]
+    together = (places - best).norm(dim=-1).mean(1) <= APART
+    return starts[together.nonzero()[0, 0]]
+
+
+def corners(matrices: Tensor, shape: Sequence[int], affine: Tensor) -> Tensor:
+    """Where each matrix takes the corners of a grid, in units of its mean side.
+
+    Args:
+        matrices: ``(K, D+1, D+1)``, world mm.
+        shape: of the grid, ``D`` sizes.
+        affine: of the grid, ``(D+1, D+1)``, voxels to world mm.
+
+    Returns:
+        ``(K, 2**D, D)``.
+    """
+    ends = [torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in shape]
+    world = voxel_to_world(torch.cartesian_prod(*ends).unsqueeze(0), affine)
+    side = (affine[:-1, :-1].norm(dim=0) * affine.new_tensor(shape)).mean()
+    return transform_points(world.expand(len(matrices), -1, -1), matrices) / side
+
+
+def distinct(
+    matrices: Tensor,
+    losses: Tensor,
+    shape: Sequence[int],
+    affine: Tensor,
+    count: int | None = None,
+) -> list[int]:
+    """Indices of the best matrices that differ, best first, at most ``count``."""
+    places = corners(matrices, shape, affine)
+    kept: list[int] = []
+    for k in losses.argsort(stable=True).tolist():
+        if all(float((places[k] - places[j]).norm(dim=1).mean()) > APART for j in kept):
+            kept.append(k)
+        if len(kept) == count:
+            break
+    return kept
 
 
 def _moment_starts(level: Level) -> list[Tensor]:

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from reglib.checks import check_numbers, check_positive_int
-from reglib.data.nifti import voxel_to_world
-from reglib.geometry.affine import grid_centre, rigid_matrix, transform_points
+from reglib.geometry.affine import grid_centre, rigid_matrix
 from reglib.geometry.fields import carry_field
 from reglib.methods.classical import (
     AFFINE_VOXELS,
-    Level,
     Rigid,
     Similarity,
+    distinct,
     level_sizes,
     loss_of,
     make_level,
@@ -38,9 +37,6 @@ COARSE_VOXELS = 4_096
 
 #: So many of them at a time.
 AT_ONCE = 64
-
-#: Starts whose corners are closer together than this share of the image are one.
-APART = 0.08
 
 #: Displaced copies of a result that its similarity is compared with, and how far they go, as shares
 #: of the image.
@@ -147,10 +143,14 @@ class Search:
         )
         size = level_sizes(pair, None, voxels=COARSE_VOXELS)[-1]
         whole = normalised(pair)
-        chosen = _distinct(pair, starts, _losses(self.similarity, whole, size, starts), self.kept)
+        losses = _losses(self.similarity, whole, size, starts)
+        best = distinct(starts, losses, pair.fixed.shape[2:], pair.fixed_affine, self.kept)
+        # Where too few differ, the next best fill the places left.
+        others = [k for k in losses.argsort(stable=True).tolist() if k not in best]
+        chosen = starts[[*best, *others][: self.kept]]
         if self.steps:
             levels = (size, size / 2)
-            level = _repeat(make_level(whole, levels[-1]), self.kept)
+            level = make_level(whole, levels[-1]).copies(0, self.kept)
             u = carry_field(pair.field, pair.fixed_affine, level.fixed_affine, level.shape)
             small = Pair(
                 level.moving,
@@ -266,20 +266,6 @@ def _one(pair: Pair, b: int, field: Tensor | None = None) -> Pair:
     )
 
 
-def _repeat(level: Level, count: int) -> Level:
-    """A level of a single pair, so many times."""
-
-    def repeat(x: Tensor) -> Tensor:
-        return x.expand(count, *x.shape[1:])
-
-    return level._replace(
-        moving=repeat(level.moving),
-        fixed=repeat(level.fixed),
-        moving_mask=repeat(level.moving_mask),
-        fixed_mask=None if level.fixed_mask is None else repeat(level.fixed_mask),
-    )
-
-
 @torch.no_grad()
 def _losses(similarity: Similarity, pair: Pair, size: float, matrices: Tensor) -> Tensor:
     """The similarity of a single normalised pair through many matrices at a level, ``(N,)``."""
@@ -287,7 +273,7 @@ def _losses(similarity: Similarity, pair: Pair, size: float, matrices: Tensor) -
     u = carry_field(pair.field, pair.fixed_affine, level.fixed_affine, level.shape)
     return torch.cat(
         [
-            loss_of(_repeat(level, len(part)), part, u.expand(len(part), *u.shape[1:]), similarity)
+            loss_of(level.copies(0, len(part)), part, u.expand(len(part), *u.shape[1:]), similarity)
             for part in torch.split(matrices, AT_ONCE)
         ]
     )
@@ -300,22 +286,3 @@ def _moves(pair: Pair, rotation: Tensor, translation: Tensor) -> Tensor:
     return rigid_matrix(
         rotation, translation @ size.T, centre=grid_centre(pair.fixed_affine, shape)
     )
-
-
-def _distinct(pair: Pair, matrices: Tensor, losses: Tensor, count: int) -> Tensor:
-    """The best matrices that differ; where too few do, the next best fill the places left."""
-    shape = pair.fixed.shape[2:]
-    ends = [torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in shape]
-    corners = voxel_to_world(torch.cartesian_prod(*ends).unsqueeze(0), pair.fixed_affine)
-    places = transform_points(corners.expand(len(matrices), -1, -1), matrices)
-    sides = pair.fixed_affine[:-1, :-1].norm(dim=0) * pair.fixed_affine.new_tensor(shape)
-    far = APART * float(sides.mean())
-    order = losses.argsort(stable=True).tolist()
-    kept: list[int] = []
-    for k in order:
-        if all(float((places[k] - places[j]).norm(dim=1).mean()) > far for j in kept):
-            kept.append(k)
-        if len(kept) == count:
-            break
-    rest = [k for k in order if k not in kept]
-    return matrices[kept + rest[: count - len(kept)]]
