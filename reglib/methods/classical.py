@@ -61,6 +61,16 @@ APART = 0.08
 #: Steps that each start goes down a level before one of them is chosen.
 TRIAL_STEPS = 25
 
+#: A start turned by more than 45 degrees must lead to a loss that is better by this share: most
+#: headers are right. On tuning pairs of the chapters that are, half a turn gains up to 0.034 in
+#: slices of two brains, and loses 0.25 and more of the right loss in volumes.
+TURN_GAIN = 0.05
+
+#: A start with a turn of its own must lead to a loss that is better by this share: most headers are
+#: right. In 2-D slices of different brains half a turn gains up to 0.034 where there was none, in
+#: volumes it gains 0.25 and more where there was one (tuning patients, five similarities).
+TURN_GAIN = 0.05
+
 #: Steps until the step size has risen to its full length.
 WARM_UP = 5
 
@@ -291,8 +301,9 @@ class Rigid:
             within 20 steps.
         initialise: ``"moments"`` tries the pair's own start, the centres of mass and the principal
             axes: it follows each of them a little way down the two coarsest levels, and begins with
-            the one whose end fits best; ``"none"`` begins with the pair's own start. A start that
-            is not the identity is always kept.
+            the one whose end fits best, with a preference for those that do not turn the image by
+            more than 45 degrees; ``"none"`` begins with the pair's own start. A start that is not
+            the identity is always kept.
 
     Raises:
         TypeError, ValueError: if a setting is malformed.
@@ -468,9 +479,13 @@ def _try(method: Rigid | Affine, levels: Sequence[Level], sample: int, starts: T
         level, u = copies(one, len(ends))
         *_, last = _descend_affine(trial, level, ends, u, u, True, "trial")
         ends = last.transform()[0]
+    losses = loss_of(level, ends, u, method.similarity)
+    turned = starts[:, :-1, :-1].diagonal(dim1=1, dim2=2).sum(1) < len(shape) - 2 + math.sqrt(2)
+    if bool(turned.any()) and not bool(turned.all()):
+        losses[turned] += TURN_GAIN * losses[~turned].min().abs()
     # Of those that came to the same place, the one that fitted best before.
     places = corners(ends, shape, affine)
-    best = places[loss_of(level, ends, u, method.similarity).argmin()]
+    best = places[losses.argmin()]
     together = (places - best).norm(dim=-1).mean(1) <= APART
     return starts[together.nonzero()[0, 0]]
 
