@@ -21,7 +21,7 @@ Pairs: patient i is moving to patient i + 1, in the order of the committed split
 patient; T1 and FLAIR are registered apart, so that everyone sees the same. Where the T1 of one is a
 copy of its FLAIR the pair is in a set of its own. Everyone, peers included, is given the moving
 image as the library's Affine has placed it, and measured from the displacement field that comes
-back.
+back. If that placement changes, everything is measured anew: ``--again`` takes "unregistered", too.
 
 SimpleITK does what the paper says of its baseline, with the settings of SimpleITK's own example of
 a displacement field, but for the affine part, which is done. "DIP" optimises SSIM, by which it is
@@ -503,7 +503,8 @@ def main() -> None:
         peers.serve({"reglib": run_ours})
         return
     torch.set_num_threads(peers.THREADS)
-    known_or_stop([*(options.only or []), *options.again], CONFIGURATIONS)
+    known_or_stop(options.only or [], CONFIGURATIONS)
+    known_or_stop(options.again, [*CONFIGURATIONS, UNREGISTERED])
     if options.split == "test" and options.pairs is not None:
         parser.error("--pairs: the test pairs are measured all together")
     if options.split == "test" and provenance()["uncommitted_changes"]:
