@@ -61,9 +61,9 @@ APART = 0.08
 #: Steps that each start goes down a level before one of them is chosen.
 TRIAL_STEPS = 25
 
-#: A start turned by more than 45 degrees must lead to a loss that is better by this share: most
-#: headers are right. On tuning pairs of the chapters, which are, a wrong half turn gains up to 0.034
-#: in slices of two brains; the right one gains 0.31 and more in volumes, if the header is turned.
+#: A start turned by more than 45 degrees must lead to a loss that is better by this share, for most
+#: headers are right. Half a turn gains up to 0.034 where it is wrong, in slices of two brains, and
+#: 0.31 and more where it is right, in volumes (tuning pairs of the chapters).
 TURN_GAIN = 0.15
 
 #: A start with a turn of its own must lead to a loss that is better by this share: most headers are
