@@ -78,8 +78,8 @@ class Recorder:
     def __init__(self, field=None):
         self.field, self.card = field, {}
 
-    def __call__(self, moving, fixed):
-        self.moving, self.fixed = moving, fixed
+    def __call__(self, moving, fixed, **told):
+        self.moving, self.fixed, self.told = moving, fixed, told
         return (
             torch.zeros_like(fixed).repeat(1, fixed.ndim - 2, *(1,) * (fixed.ndim - 2))
             if (self.field is None)
@@ -259,6 +259,38 @@ def test_without_a_contract_images_are_left_alone():
     assert seen.fixed.equal(fixed)
     assert found.settings["notes"] == ["fixed grid as the network takes it"]
     torch.testing.assert_close(found.warped, moving)
+
+
+@pytest.mark.parametrize("d", [2, 3])
+def test_the_spacing_is_told_along_the_axes_that_the_network_sees(d):
+    """Written as PIR (PL) from axes that lie otherwise: the numbers change places with them."""
+    shape, spacing = (8, 9, 10)[:d], (0.7, 2.0, 3.1)[:d]
+    affine = placed(d, "LPS"[:d], spacing, shape)
+    image, seen = blobs(shape), Recorder()
+    contract = {"orientation": "PIR" if d == 3 else "PL", "tells_spacing": True}
+    register(image, image, Network(seen, contract), moving_affine=affine, fixed_affine=affine)
+    assert seen.told.keys() == {"spacing"}
+    assert seen.told["spacing"] == pytest.approx([2.0, 3.1, 0.7] if d == 3 else [2.0, 0.7])
+    register(image, image, Network(seen, {}), moving_affine=affine, fixed_affine=affine)
+    assert not seen.told
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.8, 2.5)], ids=str)
+def test_georeg_is_told_the_spacing_of_the_image(spacing):
+    torch.manual_seed(0)
+    network = georeg.GeoReg(channels=(4, 6, 8), spacing=(1.0, 1.0)).eval()
+    for name, weights in network.named_parameters():
+        if name.endswith("head.2.weight"):
+            nn.init.normal_(weights, std=0.3)
+    moving, fixed = blobs((16, 24), 0), blobs((16, 24), 1)
+    affine = placed(2, "RA", spacing, (16, 24))
+    method = Network(network, {"tells_spacing": True})
+    found = register(moving, fixed, method, moving_affine=affine, fixed_affine=affine)
+    with torch.no_grad():
+        told = network(moving, fixed, spacing=spacing).field
+        untold = network(moving, fixed).field
+    torch.testing.assert_close(found.field, told, rtol=0, atol=1e-4)
+    assert told.allclose(untold, atol=1e-3) == (spacing == (1.0, 1.0))
 
 
 def test_a_constant_image_is_the_least_intensity():
@@ -500,6 +532,7 @@ def test_masks_that_a_network_does_not_use_are_mentioned():
         ({"range": [0, 1], "quantile": 99}, ValueError, "quantile: wanted a number above 0"),
         ({"range": [0, 1], "quantile": "all"}, TypeError, "quantile"),
         ({"quantile": 0.99}, ValueError, "quantile: wanted a range beside it"),
+        ({"tells_spacing": "mm"}, TypeError, "tells_spacing: wanted true or false, got 'mm'"),
     ],
     ids=str,
 )

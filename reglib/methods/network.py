@@ -4,8 +4,9 @@ Weights say in their card what they were trained on, under ``"input"``: ``channe
 the least and the largest intensity; ``quantile``, the share of an image's voxels that lie within
 it, while the brightest ones are clipped to its end (1 where it is missing); ``size_multiple``; and,
 where they matter, ``orientation`` (such as ``"RAS"``) and ``spacing`` (mm per voxel along those
-axes). Whatever a pair is, it is resampled to that, run through the network, and the field is
-carried back to the fixed grid.
+axes); ``tells_spacing``, true for a network that works with any spacing and wants to know it, as
+its keyword ``spacing``. Whatever a pair is, it is resampled to that, run through the network, and
+the field is carried back to the fixed grid.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from reglib.geometry.sampling import transform_grid
 from reglib.methods.pair import Iterate, Pair
 
 _PLACING = ("orientation", "spacing", "size_multiple")
-_KNOWN = ("channels", "range", "quantile", *_PLACING)
+_KNOWN = ("channels", "range", "quantile", "tells_spacing", *_PLACING)
 
 
 class Network:
@@ -48,7 +49,7 @@ class Network:
     """
 
     def __init__(
-        self, network: Callable[[Tensor, Tensor], Any], contract: Mapping[str, Any] | None = None
+        self, network: Callable[..., Any], contract: Mapping[str, Any] | None = None
     ) -> None:
         if not callable(network):
             raise TypeError(f"network: wanted a callable, got {type(network).__name__}")
@@ -68,6 +69,10 @@ class Network:
         [quantile] = check_numbers([self.contract.get("quantile", 1.0)], "quantile")
         if not 0 < quantile <= 1:
             raise ValueError(f"quantile: wanted a number above 0 and at most 1, got {quantile}")
+        if not isinstance(self.contract.get("tells_spacing", False), bool):
+            raise TypeError(
+                f"tells_spacing: wanted true or false, got {self.contract['tells_spacing']!r}"
+            )
         if "quantile" in self.contract and "range" not in self.contract:
             raise ValueError("quantile: wanted a range beside it, got none")
 
@@ -95,8 +100,11 @@ class Network:
         )
         if weight is not None:
             moving, fixed = moving.to(weight.dtype), fixed.to(weight.dtype)
+        told: dict[str, Any] = {}
+        if self.contract.get("tells_spacing", False):
+            told["spacing"] = affine[:-1, :-1].norm(dim=0).tolist()
         with _evaluating(self.network):
-            out = self.network(moving, fixed)
+            out = self.network(moving, fixed, **told)
         field = out if isinstance(out, Tensor) else out.field
         check_field(field, "network's field")
         if tuple(field.shape[2:]) != new_shape or len(field) != len(fixed):
@@ -191,7 +199,7 @@ class Network:
 
 
 @contextlib.contextmanager
-def _evaluating(network: Callable[[Tensor, Tensor], Any]) -> Iterator[None]:
+def _evaluating(network: Callable[..., Any]) -> Iterator[None]:
     """Evaluation mode inside, the mode of every part as it was afterwards."""
     parts = network.modules() if isinstance(network, nn.Module) else ()
     training = [part for part in parts if part.training]
