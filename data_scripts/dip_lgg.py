@@ -21,7 +21,8 @@ Pairs: patient i is moving to patient i + 1, in the order of the committed split
 patient; T1 and FLAIR are registered apart, so that everyone sees the same. Where the T1 of one is a
 copy of its FLAIR the pair is in a set of its own. Everyone, peers included, is given the moving
 image as the library's Affine has placed it, and measured from the displacement field that comes
-back. If that placement changes, everything is measured anew: ``--again`` takes "unregistered", too.
+back. If that placement changes, all has to be measured anew: ``--again`` then takes the names of
+all configurations, and "unregistered".
 
 SimpleITK does what the paper says of its baseline, with the settings of SimpleITK's own example of
 a displacement field, but for the affine part, which is done. "DIP" optimises SSIM, by which it is

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import Record, alone, in_turn, peak_memory, rounded
+from timing import DeviceRun, alone, in_turn, peak_memory, rounded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -214,13 +214,15 @@ def most_allocated(step: Callable[[], object]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 
-def measured(step: Callable[[], object], device: str, steps: int) -> dict[str, Any]:
-    """Seconds and memory of a step, which clears its gradients at its end."""
+def measured(
+    step: Callable[[], object], clear: Callable[[], object], device: str, steps: int
+) -> dict[str, Any]:
+    """Seconds and memory of a step, after which the gradients are cleared."""
     base = held(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     found = {
-        "seconds": rounded(in_turn({"it": step}, steps, device)["it"]),
+        "seconds": rounded(in_turn({"it": step, "clear": clear}, steps, device)["it"]),
         "peak_memory": most_held(device) - base,
         "base_memory": base,
     }
@@ -247,9 +249,8 @@ def measure_step(task: Task, device: str, steps: int) -> dict[str, Any]:
 
     def step() -> None:
         loss(moving, fixed).backward()
-        network.zero_grad()
 
-    found = measured(step, device, steps)
+    found = measured(step, network.zero_grad, device, steps)
     parameters = sum(p.numel() for p in network.parameters())
     return {"padded": list(shape), "parameters": parameters, **found}
 
@@ -271,11 +272,13 @@ def measure_attention(task: Task, device: str, steps: int) -> dict[str, Any]:
 
     def step() -> None:
         module(*leaves).square().mean().backward()
+
+    def clear() -> None:
         module.zero_grad()
         for leaf in leaves:
             leaf.grad = None
 
-    return measured(step, device, steps)
+    return measured(step, clear, device, steps)
 
 
 def measure_kept(task: Task, device: str, steps: int) -> dict[str, Any]:
@@ -439,7 +442,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=_size, nargs="+", help="a trial at sizes such as 32x32x32")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="a trial with these")
     parser.add_argument("--steps", type=int, default=3, help="measured after the first")
-    record = Record(parser, NAME, HEAD)
+    record = DeviceRun(parser, NAME, HEAD)
     options, device, rows = record.options, record.device, record.rows
     sizes, networks = options.sizes or SIZES, options.networks or NETWORKS
     trial = options.sizes is not None or options.networks is not None

@@ -407,6 +407,11 @@ def measure_set(
     options: argparse.Namespace,
 ) -> None:
     """Register and measure all pairs, and print the table of it."""
+    wanted = configurations
+    if options.only is not None:
+        wanted = {n: s for n, s in configurations.items() if n in options.only}
+    if not wanted:
+        return  # --only names configurations of the other set
     record = Record(WORK / f"{name}.json", split, results)
     record.forget(options.again)
     pairs = [case[:3] for case in everything]
@@ -416,11 +421,6 @@ def measure_set(
         for n in [UNREGISTERED, *configurations]
         if applies(n, case)
     }
-    wanted = configurations
-    if options.only is not None:
-        wanted = {n: s for n, s in configurations.items() if n in options.only}
-    if not wanted:
-        return  # --only names configurations of the other set
     record.begin(wanted, {task for task in tasks if task[3] in [UNREGISTERED, *wanted]})
     python = benchmark_classical.make_environment()
     register_all(record, everything, wanted, python, options.jobs)

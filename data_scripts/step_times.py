@@ -28,7 +28,7 @@ from typing import Any
 import pretraining
 import torch
 from nothing import Nothing
-from timing import Record, alone, in_turn, peak_memory, rounded
+from timing import DeviceRun, alone, in_turn, peak_memory, rounded
 from torch import nn
 
 from reglib.synth import RandomPair, random_pair
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--voxels", type=int, nargs="+", choices=(2, 1), default=[2, 1])
     parser.add_argument("--steps", type=int, default=3, help="measured after the first (paper: 1)")
     parser.add_argument("--shape", type=int, nargs=3, help="a trial with all rows at this shape")
-    record = Record(parser, NAME, HEAD)
+    record = DeviceRun(parser, NAME, HEAD)
     options, job, rows = record.options, record.job, record.rows
     shape = None if options.shape is None else tuple(options.shape)
     trial = shape is not None

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import synth_baseline
 import torch
-from timing import Record, in_turn, peak_memory, rounded
+from timing import DeviceRun, in_turn, peak_memory, rounded
 
 from reglib.geometry.grid import sample
 from reglib.geometry.sampling import transform_grid, warp, warp_labels
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, help="a trial at this shape")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--baselines", type=int, default=1, help="runs of the plain way")
-    record = Record(parser, NAME, HEAD)
+    record = DeviceRun(parser, NAME, HEAD)
     options = record.options
     shape, repeats, baselines = options.shape, options.repeats, options.baselines
     if record.job is not None:

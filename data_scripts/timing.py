@@ -94,8 +94,8 @@ def add(path: Path, head: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     write_json(path, {**head, "runs": sorted([*runs, run], key=lambda one: one["device"] != "cpu")})
 
 
-class Record:
-    """What one device is measured to, and the results file that holds it.
+class DeviceRun:
+    """One device's run of a script that measures seconds, and the results file it goes into.
 
     Adds ``--add``, ``--settings`` and ``--out`` to the parser and parses; ``--add`` puts the runs
     of another machine's record into results/ and ends the program.
@@ -105,6 +105,8 @@ class Record:
         job: the settings of a job of ``make gpu``, or None.
         device: ``"cuda"`` for a job on a machine that has it, else ``"cpu"``.
         rows: what an earlier run of the same job has measured.
+        path: the results file.
+        provenance: of this run.
     """
 
     def __init__(self, parser: argparse.ArgumentParser, name: str, head: Mapping[str, Any]) -> None:

@@ -163,7 +163,7 @@ def test_a_measurement_counts_what_a_step_holds_and_not_what_was_there():
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import georeg_memory as m\n"
         "held = torch.ones(2**23)\n"
         "step = lambda: torch.ones(2**24).sum()\n"
-        "found = m.measured(step, 'cpu', 2)\n"
+        "found = m.measured(step, lambda: None, 'cpu', 2)\n"
         "print(found['peak_memory'], found['peak_tensors'])"
     )
     resident, tensors = map(int, script_output(code).split())

@@ -55,21 +55,17 @@ AFFINE_VOXELS = 100_000
 #: A start at which the images share less than this of the smaller one is not considered.
 LEAST_OVERLAP = 0.5
 
-#: Rigid maps that take the corners no farther apart than this share of the image are one start.
+#: Matrices are one where corners come no farther apart, on average, than this share of the image.
 APART = 0.08
 
 #: Steps that each start goes down a level before one of them is chosen.
 TRIAL_STEPS = 25
 
-#: A start turned by more than 45 degrees must lead to a loss that is better by this share, for most
-#: headers are right. Half a turn gains up to 0.034 where it is wrong, in slices of two brains, and
-#: 0.31 and more where it is right, in volumes (tuning pairs of the chapters).
+#: A start turned by more than 45 degrees must lead to a loss that is better by this share of the
+#: best one without such a turn, for most headers are right. Half a turn gains up to 0.034 where it
+#: is wrong, in slices of two brains, and 0.31 and more where it is right, in volumes (tuning pairs
+#: of the chapters).
 TURN_GAIN = 0.15
-
-#: A start with a turn of its own must lead to a loss that is better by this share: most headers are
-#: right. In 2-D slices of different brains half a turn gains up to 0.034 where there was none, in
-#: volumes it gains 0.25 and more where there was one (tuning patients, five similarities).
-TURN_GAIN = 0.05
 
 #: Steps until the step size has risen to its full length.
 WARM_UP = 5
@@ -300,10 +296,11 @@ class Rigid:
         tolerance: a level ends when the loss has not fallen by this share of its first value
             within 20 steps.
         initialise: ``"moments"`` tries the pair's own start, the centres of mass and the principal
-            axes: it follows each of them a little way down the two coarsest levels, and begins with
-            the one whose end fits best, with a preference for those that do not turn the image by
-            more than 45 degrees; ``"none"`` begins with the pair's own start. A start that is not
-            the identity is always kept.
+            axes: all that differ go a little way down the two coarsest of the levels that ``None``
+            takes, and the one that leads to the best fit is begun with. One that turns the image
+            by more than 45 degrees must lead to a loss that is lower by 15 %. These trials are
+            neither in the history nor shown to a callback. ``"none"`` begins with the pair's own
+            start. A start that is not the identity is always kept.
 
     Raises:
         TypeError, ValueError: if a setting is malformed.
@@ -351,11 +348,13 @@ class Affine:
 def _align(method: Rigid | Affine, pair: Pair, rigid: tuple[bool, ...]) -> Iterator[Iterate]:
     """Coarse to fine; the coarsest level runs each of ``rigid`` in turn, the others the last."""
     start, pair = pair.affine, normalised(pair)
-    sizes = level_sizes(pair, method.levels, voxels=AFFINE_VOXELS)
-    levels = [make_level(pair, size) for size in sizes]
+    made: dict[float, Level] = {}
     if method.initialise == "moments":
-        start = _best_start(method, levels, pair)
-    for number, level in enumerate(levels):
+        coarse = level_sizes(pair, None, voxels=AFFINE_VOXELS)[:2]
+        made = {size: make_level(pair, size) for size in coarse}
+        start = _best_start(method, list(made.values()), pair)
+    for number, size in enumerate(level_sizes(pair, method.levels, voxels=AFFINE_VOXELS)):
+        level = made[size] if size in made else make_level(pair, size)
         u = carry_field(pair.field, pair.fixed_affine, level.fixed_affine, level.shape)
         for kind in rigid if number == 0 else rigid[-1:]:
             name = f"{'rigid' if kind else 'affine'}, {level.size:.3g} mm"
@@ -455,7 +454,8 @@ def _try(method: Rigid | Affine, levels: Sequence[Level], sample: int, starts: T
     """The one of a sample's starts ``(K, D+1, D+1)`` that leads to the best fit.
 
     At the coarsest level a head is much like a head upside down. So no start is chosen for how it
-    fits there: all that differ go down two levels, and their ends are compared.
+    fits there: all that differ go down the levels, and their ends are compared. The start is
+    returned, not its end, as what follows takes more steps.
     """
 
     def copies(level: Level, count: int) -> tuple[Level, Tensor]:
@@ -465,46 +465,43 @@ def _try(method: Rigid | Affine, levels: Sequence[Level], sample: int, starts: T
     level, u = copies(levels[0], len(starts))
     losses = loss_of(level, starts, u, method.similarity)
     losses[0] -= 1e-5  # roundings shall not choose another start
-    meet = losses.isfinite()
-    if not bool(meet.any()):
+    met = losses.isfinite()
+    if not bool(met.any()):
         # Where nothing overlaps enough, the centres of mass are the best guess.
         return starts[1]
-    shape, affine = level.shape, level.fixed_affine
-    starts = starts[meet][distinct(starts[meet], losses[meet], shape, affine)]
+    starts = starts[met][distinct(starts[met], losses[met], level.shape, level.fixed_affine)]
     if len(starts) == 1:
         return starts[0]
     trial = dataclasses.replace(method, steps=min(method.steps, TRIAL_STEPS))
     ends = starts
-    for one in levels[:2]:
-        level, u = copies(one, len(ends))
-        *_, last = _descend_affine(trial, level, ends, u, u, True, "trial")
-        ends = last.transform()[0]
-    losses = loss_of(level, ends, u, method.similarity)
-    turned = starts[:, :-1, :-1].diagonal(dim1=1, dim2=2).sum(1) < len(shape) - 2 + math.sqrt(2)
-    if bool(turned.any()) and not bool(turned.all()):
-        losses[turned] += TURN_GAIN * losses[~turned].min().abs()
-    # Of those that came to the same place, the one that fitted best before.
-    places = corners(ends, shape, affine)
-    best = places[losses.argmin()]
-    together = (places - best).norm(dim=-1).mean(1) <= APART
-    return starts[together.nonzero()[0, 0]]
+    try:
+        for one in levels:
+            level, u = copies(one, len(ends))
+            *_, last = _descend_affine(trial, level, ends, u, u, True, "trial")
+            ends = last.transform()[0]
+    except FloatingPointError:
+        # A start that is not begun with shall stop nobody.
+        return starts[0]
+    turned = starts[:, :-1, :-1].diagonal(dim1=1, dim2=2).sum(1) < len(u.shape) - 4 + math.sqrt(2)
+    return starts[preferred(loss_of(level, ends, u, method.similarity), turned)]
 
 
-def corners(matrices: Tensor, shape: Sequence[int], affine: Tensor) -> Tensor:
-    """Where each matrix takes the corners of a grid, in units of its mean side.
+def preferred(losses: Tensor, turned: Tensor) -> int:
+    """Which of several starts to begin with.
 
     Args:
-        matrices: ``(K, D+1, D+1)``, world mm.
-        shape: of the grid, ``D`` sizes.
-        affine: of the grid, ``(D+1, D+1)``, voxels to world mm.
+        losses: ``(K,)``, at the end of each; infinite where the images hardly meet.
+        turned: ``(K,)``, which of them turn the image by more than 45 degrees.
 
     Returns:
-        ``(K, 2**D, D)``.
+        The first whose loss is the least but for a thousandth. Those that turn the image need one
+        that is lower by ``TURN_GAIN`` of the least of the others.
     """
-    ends = [torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in shape]
-    world = voxel_to_world(torch.cartesian_prod(*ends).unsqueeze(0), affine)
-    side = (affine[:-1, :-1].norm(dim=0) * affine.new_tensor(shape)).mean()
-    return transform_points(world.expand(len(matrices), -1, -1), matrices) / side
+    straight = losses[~turned & losses.isfinite()]
+    if len(straight):
+        losses = losses + turned * TURN_GAIN * straight.min().abs()
+    least = losses.min()
+    return int((losses <= least + 1e-3 * least.abs()).nonzero()[0])
 
 
 def distinct(
@@ -514,11 +511,25 @@ def distinct(
     affine: Tensor,
     count: int | None = None,
 ) -> list[int]:
-    """Indices of the best matrices that differ, best first, at most ``count``."""
-    places = corners(matrices, shape, affine)
+    """The best matrices that differ by more than ``APART``.
+
+    Args:
+        matrices: ``(K, D+1, D+1)``, world mm.
+        losses: ``(K,)``, lower is better.
+        shape: of the grid whose corners they move, ``D`` sizes.
+        affine: of that grid, ``(D+1, D+1)``, voxels to world mm.
+        count: at most so many.
+
+    Returns:
+        Their indices, best first.
+    """
+    ends = [torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in shape]
+    corners = voxel_to_world(torch.cartesian_prod(*ends).unsqueeze(0), affine)
+    places = transform_points(corners.expand(len(matrices), -1, -1), matrices)
+    far = APART * float((affine[:-1, :-1].norm(dim=0) * affine.new_tensor(shape)).mean())
     kept: list[int] = []
     for k in losses.argsort(stable=True).tolist():
-        if all(float((places[k] - places[j]).norm(dim=1).mean()) > APART for j in kept):
+        if all(float((places[k] - places[j]).norm(dim=1).mean()) > far for j in kept):
             kept.append(k)
         if len(kept) == count:
             break
