@@ -31,6 +31,9 @@ FIXED_SPACING, MOVING_SPACING = (2.0, 2.5, 3.0), (3.0, 2.0, 2.2)
 DEFORMED_SHAPE = {2: (40, 34), 3: (32, 28, 18)}
 SIMILARITIES = {"mse": mse, "ncc": ncc, "lncc": lncc, "mi": mutual_information, "mind": mind}
 
+#: Without trials of starts, which look at levels of their own.
+UNTRIED = [functools.partial(method, initialise="none") for method in (Rigid, Affine)]
+
 #: Deformable fields are recovered with these weights of the regularity (diffusion).
 WEIGHTS = {"mse": 0.1, "ncc": 0.05, "lncc": 0.3, "mind": 0.1}
 
@@ -836,7 +839,7 @@ def shapes_seen(method, shape, spacing, **settings):
     return [tuple(s) for s in watched.shapes]
 
 
-@pytest.mark.parametrize("method", [Rigid, Affine, Displacement, Velocity, BSpline])
+@pytest.mark.parametrize("method", [*UNTRIED, Displacement, Velocity, BSpline])
 def test_levels_are_in_mm(method):
     """Voxels of at least so many mm, axes that are coarser stay: 1 x 1 x 5 mm, twelve slices."""
     shape, spacing = (48, 40, 12), (1.0, 1.0, 5.0)
@@ -909,9 +912,7 @@ def test_a_plateau_ends_a_level_and_tolerance_says_what_one_is():
     assert steps(tolerance=0.5) < steps(tolerance=0.01) < steps(tolerance=1e-3) < 100
 
 
-@pytest.mark.parametrize(
-    "method", [functools.partial(Affine, initialise="none"), Displacement, Velocity, BSpline]
-)
+@pytest.mark.parametrize("method", [*UNTRIED[1:], Displacement, Velocity, BSpline])
 def test_a_loss_that_is_not_finite_raises(method):
     moving, fixed, grids = linear_pair(2, true_matrix(2, "rigid"), blobs(2))
     calls = []
