@@ -11,6 +11,7 @@ import torch
 from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor
 
+from reglib.methods import hash_grid
 from reglib.methods.hash_grid import PRIMES, HashGrid, resolutions, window
 
 #: Cells along each axis of the coarsest and the finest level.
@@ -196,6 +197,25 @@ def test_autocast_changes_nothing() -> None:
 
 
 # --- Hashing ----------------------------------------------------------------------------------
+
+
+@both_dimensions
+def test_compiled_levels_are_the_same(dimensions: int, monkeypatch) -> None:
+    """For any number of points. The graph is compiled as it stands, without a C++ compiler."""
+    monkeypatch.setattr(hash_grid, "BACKEND", "aot_eager")
+    plain, compiled = (grid(dimensions, table=16, copies=2) for _ in range(2))
+    compiled.compiled = True
+    assert any(plain.hashed)
+    for count in (7, 50, 3):
+        found = []
+        for encoding in (plain, compiled):
+            at = points(dimensions, 2, count).requires_grad_()
+            out = encoding(at)
+            encoding.zero_grad()
+            out.square().sum().backward()
+            found.append([out, at.grad, *(table.grad for table in encoding.tables)])
+        for ours, wanted in zip(*found, strict=True):
+            torch.testing.assert_close(ours, wanted, atol=1e-12, rtol=1e-12)
 
 
 @both_dimensions

@@ -19,6 +19,7 @@ from reglib.data.nifti import voxel_to_world
 from reglib.geometry.affine import grid_centre, rigid_matrix, transform_points, whole_field
 from reglib.geometry.procrustes import fit_rigid
 from reglib.geometry.sampling import transform_grid
+from reglib.methods import hash_grid
 from reglib.methods.inr import INR, PRESETS, CoordinateNetwork, CoordinateSettings, Layers
 from reglib.methods.pair import Iterate
 from reglib.methods.search import SURE, Search
@@ -261,6 +262,18 @@ def test_all_voxels_at_every_step() -> None:
     assert pair.error(found) < 0.25
 
 
+def test_compiled_it_finds_the_same(monkeypatch) -> None:
+    """Hashed levels as one graph: the same field to 1e-3 voxels after twenty steps."""
+    monkeypatch.setattr(hash_grid, "BACKEND", "aot_eager")
+    known = Known(2, turned(2, 4, 2.0))
+    image = CoordinateSettings(finest=1.0, table=64)
+    plain, compiled = (
+        known.register(INR(rigid=False, image=image, steps=20, compiled=c)).field
+        for c in (False, True)
+    )
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-3)
+
+
 def test_several_starts_find_what_one_does_not() -> None:
     """30 degrees are beyond one start. Of two that a search gives undescended, one leads there.
 
@@ -468,6 +481,7 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
         ({"starts": 9, "search": Search()}, ValueError, "starts: wanted at most 8"),
         ({"search": 3}, TypeError, "search: wanted a Search or None"),
         ({"similarity": "mi"}, TypeError, "similarity"),
+        ({"compiled": "yes"}, TypeError, "compiled: wanted True or False, got 'yes'"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, object], error: type, text: str) -> None:

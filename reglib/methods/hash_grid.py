@@ -8,8 +8,9 @@ level). Müller et al., ACM Trans. Graph. 2022, doi:10.1145/3528223.3530127.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from reglib.geometry.grid import no_autocast, sample
 
 #: What the indices of a vertex are multiplied by before they are combined (section 3 of the paper).
 PRIMES = (1, 2654435761, 805459861)
+
+#: Of ``torch.compile``, where hashed levels are compiled.
+BACKEND = "inductor"
 
 
 def resolutions(
@@ -99,6 +103,8 @@ class HashGrid(nn.Module):
             same features.
         scale: features begin uniformly distributed between minus and plus this.
         generator: source of randomness, on the CPU; torch's own if ``None``.
+        compiled: evaluate hashed levels by ``torch.compile``, which makes few kernels of their many
+            steps. The first evaluation takes seconds to minutes, and on a CPU a C++ compiler.
 
     Raises:
         TypeError, ValueError: if an argument is malformed.
@@ -118,6 +124,7 @@ class HashGrid(nn.Module):
         copies: int = 1,
         scale: float = 1e-4,
         generator: torch.Generator | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         for value, name in ((features, "features"), (table, "table"), (copies, "copies")):
@@ -127,6 +134,7 @@ class HashGrid(nn.Module):
             raise ValueError(f"scale: wanted a number of at least 0, got {scale}")
         self.resolutions = resolutions(coarsest, finest, levels)
         self.copies, self.table, self.features = copies, table, features
+        self.compiled = compiled
         tables = []
         for cells in self.resolutions:
             dense = not self._is_hashed(cells)
@@ -194,12 +202,16 @@ class HashGrid(nn.Module):
                 if scale == 0:
                     level = inside.new_zeros(len(inside), self.features, inside.shape[1])
                 else:
-                    read = _hashed_level if self._is_hashed(cells) else _dense_level
-                    level = scale * read(
-                        values.expand(len(inside), *values.shape[1:]), inside, cells
-                    )
+                    read = self._reader(cells)
+                    expanded = values.expand(len(inside), *values.shape[1:])
+                    level = scale * read(expanded, inside, inside.new_tensor(cells))
                 levels.append(level)
             return torch.cat(levels, 1).mT
+
+    def _reader(self, cells: Sequence[int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        if not self._is_hashed(cells):
+            return _dense_level
+        return _compiled(BACKEND) if self.compiled else _hashed_level
 
     def _checked(self, weights: Tensor) -> list[float]:
         check_tensor(weights, "weights")
@@ -210,19 +222,19 @@ class HashGrid(nn.Module):
         return [float(w) for w in weights.tolist()]
 
 
-def _dense_level(values: Tensor, points: Tensor, cells: Sequence[int]) -> Tensor:
+def _dense_level(values: Tensor, points: Tensor, cells: Tensor) -> Tensor:
     """Interpolate ``(B, F, *(N + 1))`` at ``(B, N, D)`` between 0 and 1: ``(B, F, N)``."""
     b, n, d = points.shape
-    coords = (points * points.new_tensor(cells)).mT.reshape(b, d, n, *(1,) * (d - 1))
+    coords = (points * cells).mT.reshape(b, d, n, *(1,) * (d - 1))
     return sample(values, coords).reshape(b, -1, n)
 
 
-def _hashed_level(values: Tensor, points: Tensor, cells: Sequence[int]) -> Tensor:
+def _hashed_level(values: Tensor, points: Tensor, cells: Tensor) -> Tensor:
     """Interpolate the entries ``(B, F, T)`` of the vertices around every point: ``(B, F, N)``."""
     b, n, d = points.shape
-    place = points * points.new_tensor(cells)
+    place = points * cells
     # The far end belongs to the last cell.
-    corner = torch.minimum(place.detach().floor(), place.new_tensor(cells) - 1)
+    corner = torch.minimum(place.detach().floor(), cells - 1)
     part = (place - corner).unsqueeze(2)
     steps = torch.cartesian_prod(*[torch.arange(2, device=points.device)] * d)
     entries = _hash(corner.long().unsqueeze(2) + steps, values.shape[2])
@@ -231,6 +243,12 @@ def _hashed_level(values: Tensor, points: Tensor, cells: Sequence[int]) -> Tenso
     index = entries.reshape(b, 1, -1).expand(b, values.shape[1], -1)
     around = values.gather(2, index).view(b, -1, n, 2**d)
     return (around * share.unsqueeze(1)).sum(3)
+
+
+@functools.cache
+def _compiled(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    # Of any number of points: the cells of a level come as a tensor, so that one serves all.
+    return torch.compile(_hashed_level, dynamic=True, backend=backend)
 
 
 def _hash(vertices: Tensor, table: int) -> Tensor:

@@ -167,6 +167,7 @@ class CoordinateNetwork(nn.Module):
         activation: after each hidden layer.
         copies: so many networks side by side, one for each sample of a batch; all begin alike.
         generator: source of randomness, on the CPU; torch's own if ``None``.
+        compiled: as in :class:`reglib.methods.hash_grid.HashGrid`.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class CoordinateNetwork(nn.Module):
         activation: Callable[[Tensor], Tensor],
         copies: int = 1,
         generator: torch.Generator | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -191,6 +193,7 @@ class CoordinateNetwork(nn.Module):
             copies=copies,
             scale=settings.scale,
             generator=generator,
+            compiled=compiled,
         )
         inputs = settings.levels * settings.features
         self.layers = Layers(
@@ -257,6 +260,8 @@ class INR:
         starts: how many of the search's ends are trained.
         similarity: judges results; of (warped, fixed), ``weight``, ``reduction``; lower is better.
         seed: of the networks and the coordinates.
+        compiled: evaluate hashed levels by ``torch.compile``, as in
+            :class:`reglib.methods.hash_grid.HashGrid`: for long trainings of volumes on a GPU.
 
     Raises:
         TypeError, ValueError: if a setting is malformed.
@@ -278,6 +283,7 @@ class INR:
     starts: int = 1
     similarity: Similarity = mind
     seed: int = 0
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self.modality, "modality", ("single", "multi"))
@@ -302,6 +308,8 @@ class INR:
             )
         if not callable(self.similarity):
             raise TypeError(f"similarity: wanted a function of two images, got {self.similarity!r}")
+        if not isinstance(self.compiled, bool):
+            raise TypeError(f"compiled: wanted True or False, got {self.compiled!r}")
 
     def __call__(self, pair: Pair) -> Iterator[Iterate]:
         """Train; yields after every step, and once more for the choice."""
@@ -379,6 +387,7 @@ class _Training:
                 activation=activation,
                 copies=copies,
                 generator=self.generator,
+                compiled=method.compiled,
             ).to(pair.fixed)
             for settings, shape, n, activation in (
                 (method.image, shapes[0], outputs, nn.functional.gelu),
