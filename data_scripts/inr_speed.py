@@ -27,7 +27,7 @@ NAME = "inr_speed.json"
 #: Tiles of the Zurich protocol; a head at 1 mm.
 TILE, HEAD_1MM = (300, 300), (160, 192, 224)
 #: Methods by the number of axes; compiled as well where a level of theirs is hashed.
-METHODS = {
+METHODS: dict[int, dict[str, tuple[bool, ...]]] = {
     2: {"robust": (False,), "without a search": (False,), "paper": (False, True)},
     3: {"deformable": (False, True)},
 }
