@@ -62,9 +62,8 @@ APART = 0.08
 TRIAL_STEPS = 25
 
 #: A start turned by more than 45 degrees must lead to a loss that is better by this share of the
-#: best one without such a turn, for most headers are right. Half a turn gains up to 0.034 where it
-#: is wrong, in slices of two brains, and 0.31 and more where it is right, in volumes (tuning pairs
-#: of the chapters).
+#: best one without such a turn: most headers are right, and slices of two brains may fit a little
+#: better upside down, while a volume that is upside down gains far more.
 TURN_GAIN = 0.15
 
 #: Steps until the step size has risen to its full length.
