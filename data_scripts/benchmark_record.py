@@ -8,12 +8,14 @@ transform, ``mean_dice`` and what else was measured.
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
 import math
 import os
 import re
 import statistics
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -39,11 +41,19 @@ def key(row: Row) -> Key:
     return row["set"], row["moving"], row["fixed"], row["configuration"]
 
 
+@functools.cache
 def fingerprint() -> str:
-    """Of the library's code: rows of one configuration must come from one version of it."""
+    """Of the library's code: rows of one configuration must come from one version of it.
+
+    What the script had not imported when it asked first does not count, so that a run of many hours
+    may go on after a change of another method.
+    """
+    library = (ROOT / "reglib").resolve()
+    known = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    files = {Path(name).resolve() for name in known if name}
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "reglib").rglob("*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    for path in sorted(path for path in files if path.is_relative_to(library)):
+        digest.update(path.relative_to(library).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

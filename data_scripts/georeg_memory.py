@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timing import DeviceRun, alone, in_turn, peak_memory, rounded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reglib.geometry.sampling import warp
 from reglib.methods import georeg, transmorph
-from reglib.methods.neighbours import Neighbours, neighbourhood
+from reglib.methods.neighbours import Neighbours, written_out
 from reglib.objectives.regularity import bending
 from reglib.objectives.similarity import ncc
 
@@ -101,18 +100,9 @@ class Unfolded(georeg.NeighbourAttention):
         self, points: Tensor, neighbours: Neighbours, spacing: Tensor | None = None
     ) -> Tensor:
         """Displacements ``(B, P, D)`` of points with features ``(B, P, C)``."""
-        n = neighbours
-        nodes, index, inside = neighbourhood(n.place, n.size, n.shape)
-        index = index + n.features.shape[1] * torch.arange(len(index)).to(index).view(-1, 1, 1)
-        if n.shift is not None:
-            nodes = nodes + F.embedding(index, n.shift.flatten(0, 1))
-        relative = nodes - n.centre.unsqueeze(-2)
-        if n.reach is not None:
-            relative = relative.clamp(-n.reach, n.reach)
-        if spacing is not None:
-            relative = relative * spacing
-        seen = F.embedding(index, n.features.flatten(0, 1))
-        return self.move(points, self.plain(points, seen, relative, inside)[1])
+        seen = written_out(neighbours, spacing)
+        moved = self.plain(points, seen.features, seen.relative, seen.inside)[1]
+        return self.move(points, moved)
 
 
 def unfolded(module: nn.Module) -> nn.Module:

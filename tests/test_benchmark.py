@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -506,6 +507,23 @@ def test_one_configuration_is_of_one_version_of_the_library(toy, monkeypatch):
     with pytest.raises(SystemExit, match="ours: measured before"):
         toy()
     toy({"peer": SETTINGS["peer"]})  # the peers do not depend on it
+
+
+def test_a_version_is_of_what_a_script_has_imported(monkeypatch, tmp_path):
+    """A change of a method that it does not import leaves what it has measured."""
+    library = tmp_path / "reglib"
+    library.mkdir()
+    files = {name: library / f"{name}.py" for name in ("used", "other")}
+    for file in files.values():
+        file.write_text("")
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setitem(sys.modules, "used", SimpleNamespace(__file__=str(files["used"])))
+    version = records.fingerprint.__wrapped__
+    first = version()
+    files["other"].write_text("changed")
+    assert version() == first
+    files["used"].write_text("changed")
+    assert version() != first
 
 
 def test_a_whole_configuration_stays_when_the_library_changes(toy, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def job(tmp_path, monkeypatch):
     (tmp_path / "settings.json").write_text(
         json.dumps({"sizes": [SIZE], "steps": 1, "networks": FORMS})
     )
-    monkeypatch.setattr(script, "alone", lambda call, *arguments: call(*arguments))
+    monkeypatch.setattr(script, "alone", operator.call)
     words = ["--settings", str(tmp_path / "settings.json"), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["georeg_memory.py", *words])
     script.main()
@@ -182,7 +183,7 @@ def script_output(code):
 def test_a_trial_writes_nothing_and_changes_that_are_not_committed_are_refused(monkeypatch, capsys):
     path = ROOT / "results" / script.NAME
     before = path.read_bytes() if path.exists() else None
-    monkeypatch.setattr(script, "alone", lambda call, *arguments: call(*arguments))
+    monkeypatch.setattr(script, "alone", operator.call)
     words = ["--sizes", "32x32x32", "--networks", script.OURS, "--steps", "1"]
     monkeypatch.setattr(sys, "argv", ["georeg_memory.py", *words])
     script.main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import operator
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ finally:
 @pytest.fixture
 def quick(monkeypatch):
     """In this process, with few steps, and graphs that no compiler turns into code."""
-    monkeypatch.setattr(script, "alone", lambda call, *arguments: call(*arguments))
+    monkeypatch.setattr(script, "alone", operator.call)
     monkeypatch.setattr(hash_grid, "BACKEND", "aot_eager")
     short = {name: dataclasses.replace(one, steps=2) for name, one in inr.PRESETS.items()}
     monkeypatch.setattr(inr, "PRESETS", short)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import operator
 import re
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def job(tmp_path, monkeypatch):
     """The script as a job of the queue, at a shape that takes no time; what calls it."""
     settings = {"parts": ["steps"], "sizes": ["cpu"], "steps": 1, "shape": [16, 16, 24]}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    monkeypatch.setattr(script, "alone", lambda call, *arguments: call(*arguments))
+    monkeypatch.setattr(script, "alone", operator.call)
     words = ["--settings", str(tmp_path / "settings.json"), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["step_times.py", *words])
     script.main()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from reglib.checks import check_points
-from reglib.methods.georeg import GeoReg, Interpolation, NeighbourAttention, Refinement
-from reglib.methods.neighbours import Neighbours, neighbourhood
+from reglib.methods.georeg import GeoReg, Interpolation, NeighbourAttention, Refinement, Stage
+from reglib.methods.neighbours import Neighbours, written_out
 
 
 class Look(NamedTuple):
@@ -45,8 +45,7 @@ class Look(NamedTuple):
     @property
     def name(self) -> str:
         """As in :class:`reglib.methods.georeg.Stage`."""
-        step = f"refined {self.iteration}" if self.iteration else "interpolated"
-        return f"level {self.level}, {step}"
+        return Stage(self.level, self.iteration, self.points).name
 
 
 @torch.no_grad()
@@ -78,8 +77,7 @@ def attention_of(
 
     Equations 4 to 7 of Sideri-Lampretsa et al., arXiv:2412.13294.
     """
-    network.check(moving, "moving")
-    network.check(fixed, "fixed")
+    network.check(fixed, "fixed")  # the network looks at ``moving`` before it does anything
     check_points(points, "points", network.dimensions)
     if len(points) not in (1, len(fixed)):
         wanted = " or ".join(map(str, sorted({1, len(fixed)})))
@@ -144,17 +142,9 @@ def _look(
     def at(x: Tensor) -> Tensor:
         return x.expand(len(features), -1, -1)[rows, flat]
 
-    place, centre = at(around.place), at(around.centre)
-    nodes, index, inside = neighbourhood(place, around.size, around.shape)
-    if around.shift is not None:
-        nodes = nodes + around.shift[rows.unsqueeze(2), index]
-    relative = nodes - centre.unsqueeze(-2)
-    if around.reach is not None:
-        relative = relative.clamp(-around.reach, around.reach)
-    if spacing is not None:
-        relative = relative * spacing
-    seen = around.features[rows.unsqueeze(2), index]
-    weights, _ = module.plain(at(features), seen, relative, inside)
+    around = around._replace(place=at(around.place), centre=at(around.centre))
+    seen = written_out(around, spacing)
+    weights, _ = module.plain(at(features), seen.features, seen.relative, seen.inside)
     step = at(out) if spacing is None else at(out) / spacing
     # Interpolations look at the coarser level's grid.
     coarse = level if iteration else level + 1
@@ -165,9 +155,9 @@ def _look(
     return Look(
         level,
         iteration,
-        full(here.to(place), level).expand(len(features), -1, -1),
-        full(centre, coarse),
-        full(nodes, coarse),
+        full(here.to(around.place), level).expand(len(features), -1, -1),
+        full(around.centre, coarse),
+        full(seen.nodes, coarse),
         weights,
         step * 2**level,
     )

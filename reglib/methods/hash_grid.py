@@ -134,6 +134,8 @@ class HashGrid(nn.Module):
             raise ValueError(f"scale: wanted a number of at least 0, got {scale}")
         self.resolutions = resolutions(coarsest, finest, levels)
         self.copies, self.table, self.features = copies, table, features
+        if not isinstance(compiled, bool):
+            raise TypeError(f"compiled: wanted True or False, got {compiled!r}")
         self.compiled = compiled
         tables = []
         for cells in self.resolutions:

@@ -75,6 +75,35 @@ def neighbourhood(place: Tensor, size: int, shape: Sequence[int]) -> tuple[Tenso
     return nodes, (nodes.long() * stride).sum(-1) * inside, inside
 
 
+class Seen(NamedTuple):
+    """What points look at, all of it at once: what :func:`attend` forms a part at a time."""
+
+    nodes: Tensor  #: where the neighbours are ``(B, P, K, D)``, voxels of the grid
+    features: Tensor  #: ``(B, P, K, C)``
+    relative: Tensor  #: positions as the attention takes them ``(B, P, K, D)``
+    inside: Tensor  #: whether there is a node ``(B, P, K)``
+
+
+def written_out(neighbours: Neighbours, spacing: Tensor | None = None) -> Seen:
+    """Gather what all points look at.
+
+    Args:
+        neighbours: what the points look at.
+        spacing: ``(D,)``, what relative positions are multiplied by.
+    """
+    n = neighbours
+    nodes, index, inside = neighbourhood(n.place, n.size, n.shape)
+    index = index + n.features.shape[1] * torch.arange(len(index)).to(index).view(-1, 1, 1)
+    if n.shift is not None:
+        nodes = nodes + F.embedding(index, n.shift.flatten(0, 1))
+    relative = nodes - n.centre.unsqueeze(-2)
+    if n.reach is not None:
+        relative = relative.clamp(-n.reach, n.reach)
+    if spacing is not None:
+        relative = relative * spacing
+    return Seen(nodes, F.embedding(index, n.features.flatten(0, 1)), relative, inside)
+
+
 def attend(query: Tensor, neighbours: Neighbours, frequencies: Tensor) -> Tensor:
     """``sum_j w_j x_j`` with ``w = softmax_j(q . x_j)`` and ``x_j = f_j + gamma(y_j - c)``.
 
