@@ -785,9 +785,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def describe_method(method: object) -> dict[str, Any]:
     """Name and settings of a method as JSON values."""
     if isinstance(method, Network):
-        card = getattr(method.network, "card", None) or {}
-        name = str(card.get("method") or _name(method.network))
-        return {"name": name, "settings": _plain(method.contract), "weights": _plain(card)}
+        return _describe_network(method.network) | {"settings": _plain(method.contract)}
     if dataclasses.is_dataclass(method) and not isinstance(method, type):
         settings = {f.name: _plain(getattr(method, f.name)) for f in dataclasses.fields(method)}
         return {"name": type(method).__name__, "settings": settings}
@@ -795,6 +793,12 @@ def describe_method(method: object) -> dict[str, Any]:
         arguments = {str(i): _plain(v) for i, v in enumerate(method.args)}
         return {"name": _name(method.func), "settings": arguments | _plain(method.keywords)}
     return {"name": _name(method), "settings": {}}
+
+
+def _describe_network(network: nn.Module) -> dict[str, Any]:
+    """Its name, and the card of its weights."""
+    card = getattr(network, "card", None) or {}
+    return {"name": str(card.get("method") or _name(network)), "weights": _plain(card)}
 
 
 def _name(value: object) -> str:
@@ -815,6 +819,8 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, functools.partial) or dataclasses.is_dataclass(value):
         return describe_method(value)
+    if isinstance(value, nn.Module):
+        return _describe_network(value)
     return getattr(value, "__name__", None) or repr(value)
 
 

@@ -477,6 +477,15 @@ def test_an_instance_is_a_method() -> None:
     assert again.field.equal(found.field)
 
 
+def test_the_report_names_the_network_of_an_instance() -> None:
+    """By the card of its weights, not by the hundred lines that torch would print."""
+    network = small("composed")
+    network.card = {"trained_on": "nothing"}
+    [method] = register(*images(2, 1), fcn.Instance(network, steps=1)).settings["method"]
+    named = {"name": "ComposedFCN", "weights": {"trained_on": "nothing"}}
+    assert method["settings"]["network"] == named
+
+
 def test_the_first_state_of_an_instance_is_one_forward_pass() -> None:
     network = small("composed")
     moving, fixed = images(2, 2)
