@@ -348,10 +348,12 @@ def _align(method: Rigid | Affine, pair: Pair, rigid: tuple[bool, ...]) -> Itera
     """Coarse to fine; the coarsest level runs each of ``rigid`` in turn, the others the last."""
     start, pair = pair.affine, normalised(pair)
     made: dict[float, Level] = {}
-    if method.initialise == "moments":
+    identity = torch.eye(start.shape[1], dtype=start.dtype)
+    given = [not a.equal(identity) or bool(u.any()) for a, u in zip(start, pair.field, strict=True)]
+    if method.initialise == "moments" and not all(given):
         coarse = level_sizes(pair, None, voxels=AFFINE_VOXELS)[:2]
         made = {size: make_level(pair, size) for size in coarse}
-        start = _best_start(method, list(made.values()), pair)
+        start = _best_start(method, list(made.values()), start, given)
     for number, size in enumerate(level_sizes(pair, method.levels, voxels=AFFINE_VOXELS)):
         level = made[size] if size in made else make_level(pair, size)
         u = carry_field(pair.field, pair.fixed_affine, level.fixed_affine, level.shape)
@@ -438,14 +440,18 @@ def loss_of(level: Level, matrix: Tensor, u: Tensor, similarity: Similarity) -> 
     return loss.where(overlap >= LEAST_OVERLAP, torch.full_like(loss, math.inf)).cpu()
 
 
-def _best_start(method: Rigid | Affine, levels: Sequence[Level], pair: Pair) -> Tensor:
-    """Per sample the start that leads to the best fit: its own, centres of mass, principal axes."""
-    candidates = torch.stack([pair.affine, *_moment_starts(levels[0])], 1)
-    identity = torch.eye(pair.affine.shape[1], dtype=pair.affine.dtype)
-    chosen = []
-    for b, starts in enumerate(candidates):
-        given = not starts[0].equal(identity) or bool(pair.field[b].any())
-        chosen.append(starts[0] if given else _try(method, levels, b, starts))
+def _best_start(
+    method: Rigid | Affine, levels: Sequence[Level], own: Tensor, given: Sequence[bool]
+) -> Tensor:
+    """Of samples whose start is not given, the one that leads to the best fit.
+
+    Their own, the centres of mass, or the principal axes.
+    """
+    candidates = torch.stack([own, *_moment_starts(levels[0])], 1)
+    chosen = [
+        starts[0] if kept else _try(method, levels, b, starts)
+        for b, (starts, kept) in enumerate(zip(candidates, given, strict=True))
+    ]
     return torch.stack(chosen)
 
 
@@ -704,8 +710,8 @@ class _Nodes:
         """The displacement, and its grid."""
         return self.to_field(parameters), self.grid
 
-    def rough(self, parameters: Tensor, regularity: Similarity) -> Tensor:
-        """The regularity, ``(B,)``."""
+    def rough(self, parameters: Tensor, field: Tensor, regularity: Similarity) -> Tensor:
+        """The regularity of the nodes, ``(B,)``."""
         return regularity(parameters, spacing=self.apart, reduction="none")
 
 
@@ -728,9 +734,8 @@ class _Lattice:
         """The displacement, and its grid."""
         return bspline_field(parameters, self.level.shape, self.stride), self.level.fixed_affine
 
-    def rough(self, parameters: Tensor, regularity: Similarity) -> Tensor:
+    def rough(self, parameters: Tensor, field: Tensor, regularity: Similarity) -> Tensor:
         """The regularity of the dense field, ``(B,)``."""
-        field, _ = self.field(parameters)
         return regularity(field, spacing=self.level.spacing, reduction="none")
 
 
@@ -785,7 +790,8 @@ def _deform(
             warped, fixed, weight = level.look(whole, back)
             terms = {
                 "similarity": method.similarity(warped, fixed, weight=weight, reduction="none"),
-                "regularity": method.regularity_weight * model.rough(here, method.regularity),
+                "regularity": method.regularity_weight
+                * model.rough(here, field, method.regularity),
             }
             descent.step(terms["similarity"] + terms["regularity"])
             yield Iterate(
