@@ -52,7 +52,7 @@ fmt: $(READY) ## put code and notebooks into the house format
 unit: $(READY) ## unit tests
 	@$(PY) -m pytest -q
 
-notebooks: $(READY) ## execute the notebooks that changed, each alone against the built wheel
+notebooks: $(READY) ## execute the notebooks that changed, against the built wheel
 	@$(PY) book/execute.py
 
 render: $(READY) ## render the book from the executed notebooks

@@ -1,10 +1,13 @@
-"""Execute every notebook once per change: alone, in an empty folder, against the built wheel.
+"""Execute every notebook once per change: in an empty folder, against the built wheel.
 
 Each notebook is copied to ``build/notebooks/NN_topic/`` and run there by nbmake, with the wheel
 unpacked in ``build/site`` first on the path. That is what a reader on Colab gets: no file beside
 the notebook and no source tree. A copy that ran to its end moves to ``build/executed/``, with a
 record of its seconds and of a hash of everything it was made from; while the hash stays the same
 the notebook is not run again, neither for the tests nor for the book.
+
+Two run side by side, each on half of the cores: most of what a page computes is too small to keep
+two cores busy. ``NOTEBOOK_JOBS=1`` runs one after the other on all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +90,7 @@ def build_wheel(library: str) -> None:
     stamp.write_text(library)
 
 
-def kernel_environment() -> dict[str, str]:
+def kernel_environment(threads: int) -> dict[str, str]:
     """The environment of a notebook: the wheel first, no settings of the person who runs make."""
     environment = {
         name: value
@@ -98,6 +103,7 @@ def kernel_environment() -> dict[str, str]:
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     # Threads that wait give their core away: on a busy machine, spinning ones take minutes.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
     return environment
 
 
@@ -106,7 +112,49 @@ def first_code_cell(notebook: dict[str, Any]) -> dict[str, Any]:
     return next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
 
 
-def execute(source: Path, timeout: float) -> tuple[float, str | None]:
+class Kernels:
+    """The processes that run notebooks now, which end with this one."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[str]] = set()
+        self.lock, self.ended = threading.Lock(), False
+
+    def start(self, command: list[str], **options: Any) -> subprocess.Popen[str]:
+        """A process in a group of its own.
+
+        Raises:
+            KeyboardInterrupt: if all have been ended.
+        """
+        with self.lock:
+            if self.ended:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(command, text=True, start_new_session=True, **options)
+            self.running.add(process)
+        return process
+
+    def wait(self, process: subprocess.Popen[str], timeout: float) -> str | None:
+        """What a process printed; ``None`` if it had to be stopped."""
+        try:
+            output: str | None = process.communicate(timeout=timeout)[0]
+        except subprocess.TimeoutExpired:
+            output = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        with self.lock:
+            self.running.discard(process)
+        return output
+
+    def end(self) -> None:
+        """Stop all, and start no more."""
+        with self.lock:
+            self.ended = True
+            for process in self.running:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def execute(
+    source: Path, timeout: float, threads: int, kernels: Kernels
+) -> tuple[float, str | None]:
     """Run one notebook; return its seconds and, where it failed, what it printed."""
     folder = BUILD / "notebooks" / source.stem
     shutil.rmtree(folder, ignore_errors=True)
@@ -123,25 +171,17 @@ def execute(source: Path, timeout: float) -> tuple[float, str | None]:
     command += ["--nbmake", "--overwrite", "--nbmake-kernel=python3"]
     command += [f"--nbmake-timeout={int(timeout)}", str(copy)]
     start = time.perf_counter()
-    process = subprocess.Popen(
+    process = kernels.start(
         command,
         cwd=folder,
-        env=kernel_environment(),
+        env=kernel_environment(threads),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
     )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-        failure = None if process.returncode == 0 else output
-    except subprocess.TimeoutExpired:
+    output = kernels.wait(process, timeout)
+    failure = None if process.returncode == 0 else output
+    if output is None:
         failure = f"stopped: it took longer than {timeout:.0f} s (make NOTEBOOK_TIMEOUT=...)"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
     seconds = time.perf_counter() - start
 
     if failure is None:
@@ -166,6 +206,8 @@ def publish(copy: Path, record: dict[str, Any]) -> None:
 def main() -> int:
     """Execute what has changed, print one line per notebook, and exit 1 if any failed."""
     timeout = float(os.environ.get("NOTEBOOK_TIMEOUT", "600"))
+    cores = os.cpu_count() or 1
+    jobs = max(int(os.environ.get("NOTEBOOK_JOBS", min(cores, 2))), 1)
     sources = sorted((ROOT / "notebooks").glob("*.ipynb"))
     if not sources:
         print("notebooks/ holds no notebook", file=sys.stderr)
@@ -173,30 +215,56 @@ def main() -> int:
     library = library_digest()
     build_wheel(library)
     width = max(len(source.stem) for source in sources)
-    total, ran, failed = 0.0, 0, []
-    for number, source in enumerate(sources, 1):
-        name = f"[{number}/{len(sources)}] {source.stem:<{width}}"
-        state = digest([source], library)
+    names = {
+        source: f"[{number}/{len(sources)}] {source.stem:<{width}}"
+        for number, source in enumerate(sources, 1)
+    }
+    todo: dict[Path, float] = {}
+    states = {source: digest([source], library) for source in sources}
+    for source in sources:
         record_file = EXECUTED / f"{source.stem}.json"
         record = json.loads(record_file.read_text()) if record_file.is_file() else {}
-        if record.get("digest") == state:
-            print(f"{name}  unchanged ({record['seconds']:.1f} s when executed)", flush=True)
-            continue
-        last = f", last time {record['seconds']:.0f} s" if record else ""
-        print(f"{name}  executing{last} ...", flush=True)
-        record_file.unlink(missing_ok=True)
-        seconds, failure = execute(source, timeout)
-        total, ran = total + seconds, ran + 1
-        if failure is None:
-            copy = BUILD / "notebooks" / source.stem / source.name
-            publish(copy, {"digest": state, "seconds": seconds, "finished": time.time()})
-            print(f"{name}  passed  {seconds:6.1f} s", flush=True)
+        if record.get("digest") == states[source]:
+            print(f"{names[source]}  unchanged ({record['seconds']:.1f} s when executed)")
         else:
-            failed.append(source.stem)
-            print(f"{name}  FAILED  {seconds:6.1f} s\n{failure}", flush=True)
-    print(f"notebooks: {ran} executed in {total:.1f} s, {len(sources) - ran} unchanged", flush=True)
+            record_file.unlink(missing_ok=True)
+            todo[source] = record.get("seconds", 0.0)
+
+    kernels, failed = Kernels(), []
+    start = time.perf_counter()
+
+    def run(source: Path) -> tuple[float, str | None]:
+        last = f", last time {todo[source]:.0f} s" if todo[source] else ""
+        print(f"{names[source]}  executing{last} ...", flush=True)
+        return execute(source, timeout, max(cores // jobs, 1), kernels)
+
+    # The longest first: by the seconds of last time, or else by its text.
+    order = sorted(todo, key=lambda source: (-todo[source], -source.stat().st_size))
+    with ThreadPoolExecutor(jobs) as pool:
+        futures: dict[Future[tuple[float, str | None]], Path] = {
+            pool.submit(run, source): source for source in order
+        }
+        try:
+            for future in as_completed(futures):
+                source, (seconds, failure) = futures[future], future.result()
+                if failure is None:
+                    copy = BUILD / "notebooks" / source.stem / source.name
+                    record = {"digest": states[source], "seconds": seconds}
+                    publish(copy, record | {"finished": time.time()})
+                    print(f"{names[source]}  passed  {seconds:6.1f} s", flush=True)
+                else:
+                    failed.append(source.stem)
+                    print(f"{names[source]}  FAILED  {seconds:6.1f} s\n{failure}", flush=True)
+        except KeyboardInterrupt:
+            kernels.end()
+            raise
+    total = time.perf_counter() - start
+    print(
+        f"notebooks: {len(todo)} executed in {total:.1f} s, {len(sources) - len(todo)} unchanged",
+        flush=True,
+    )
     if failed:
-        print(f"notebooks: failed: {', '.join(failed)}", file=sys.stderr, flush=True)
+        print(f"notebooks: failed: {', '.join(sorted(failed))}", file=sys.stderr, flush=True)
     return 1 if failed else 0
 
 

@@ -795,7 +795,7 @@ def describe_method(method: object) -> dict[str, Any]:
     return {"name": _name(method), "settings": {}}
 
 
-def _describe_network(network: nn.Module) -> dict[str, Any]:
+def _describe_network(network: object) -> dict[str, Any]:
     """Its name, and the card of its weights."""
     card = getattr(network, "card", None) or {}
     return {"name": str(card.get("method") or _name(network)), "weights": _plain(card)}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -148,6 +151,57 @@ def test_a_notebook_that_imports_another_reglib_fails(project):
     done = execute(project)
     assert done.returncode == 1
     assert "not the built wheel" in done.stdout
+
+
+def test_two_notebooks_run_side_by_side_on_a_part_of_the_cores_each(project):
+    """Each waits for the other, which only works if both run at a time."""
+    meet = (
+        "import os, pathlib, time, reglib\npathlib.Path('../{0}').touch()\nend = time.time() + 50\n"
+    )
+    meet += "while not pathlib.Path('../{1}').exists():\n    assert time.time() < end\n"
+    meet += "print('threads', os.environ['OMP_NUM_THREADS'])"
+    for name, own, other in (("01_a", "a", "b"), ("02_b", "b", "a")):
+        write_notebook(project / "notebooks" / f"{name}.ipynb", meet.format(own, other))
+    environment = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, str(project / "book" / "execute.py")]
+    done = subprocess.run(
+        command, env=environment | {"NOTEBOOK_JOBS": "2"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 executed" in done.stdout
+    for name in ("01_a", "02_b"):
+        page = (project / "build" / "executed" / f"{name}.ipynb").read_text()
+        assert f"threads {max((os.cpu_count() or 1) // 2, 1)}" in page
+
+
+def test_an_interrupt_ends_every_notebook(project):
+    """Nobody is left behind who goes on computing."""
+    write_notebook(
+        project / "notebooks" / "01_slow.ipynb",
+        "import os, pathlib, time, reglib\npathlib.Path('../pid').write_text(str(os.getpid()))\n"
+        "time.sleep(60)",
+    )
+    command = [sys.executable, str(project / "book" / "execute.py")]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # Whoever runs the tests may ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    pid = project / "build" / "notebooks" / "pid"
+    end = time.monotonic() + 50
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    assert not (project / "build" / "executed" / "01_slow.json").exists()
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(int(pid.read_text()), 0)
+            assert time.monotonic() < end + 20
+            time.sleep(0.1)
 
 
 def test_a_notebook_that_takes_too_long_is_stopped(project):
