@@ -203,7 +203,7 @@ def test_the_mask_is_the_brain_where_phi_stays_in_the_image():
     within = (phi[0] >= 0) & (phi[0] <= 39) & (phi[1] >= 0) & (phi[1] <= 47)
     i, j = (phi[k].round().long().clamp(0, n) for k, n in enumerate((39, 47)))
     assert torch.equal(pairs.mask[0, 0], within & (image[0, 0][i, j] > 0))
-    assert 0 < int(pairs.mask.sum()) < int(((image[0, 0][i, j] > 0)).sum())
+    assert 0 < int(pairs.mask.sum()) < int((image[0, 0][i, j] > 0).sum())
     u = torch.zeros(1, 2, 40, 48)
     u[:, 0] = -5.0
     expected = torch.zeros(1, 1, 40, 48, dtype=torch.bool)
