@@ -313,18 +313,29 @@ class Recipe(NamedTuple):
         return self._asdict() | {"objective": named}
 
 
-#: Levels of 80 x 96 to 5 x 6 nodes. A point of the coarsest sees 40 pixels each way, and moves four
-#: times; the finest only interpolates, as in the released configuration for affine and Brownian
+#: Levels of 80 x 96 to 5 x 6 nodes. A point of the coarsest sees 40 pixels each way, and moves
+#: twice; the finest only interpolates, as in the released configuration for affine and Brownian
 #: deformations. Without the last two it learns nothing in minutes.
 GEOREG: dict[str, Any] = {
     "channels": [8, 16, 32, 64, 64],
     "neighbourhoods": [0, 3, 3, 3, 5],
-    "iterations": [0, 1, 1, 2, 4],
-    "interpolation": [0, 2, 2, 2],
+    "iterations": [0, 1, 2, 2, 2],
+    "interpolation": [0, 0, 2, 2],
     "normalise": True,
     "matching": 2.0,
 }
-SUPERVISED: dict[str, Any] = {"similarity": ncc, "regularity_weight": 0.1}
+
+
+def lncc_of_five(warped: Tensor, fixed: Tensor) -> Tensor:
+    """Local correlation in windows of five voxels of a level: nearly all of the coarsest one."""
+    return lncc(warped, fixed, window=5)
+
+
+#: Bending in voxels of a level counts for more than in those of the images: less on coarse levels.
+SUPERVISED: dict[str, Any] = {
+    "similarity": lncc_of_five,
+    "regularity_weight": [1.0, 0.5, 0.2, 0.1, 0.05],
+}
 LOCAL: dict[str, Any] = {"similarity": lncc, "regularity": diffusion, "regularity_weight": 1.0}
 AS_ITS_PAPER: dict[str, Any] = {
     "similarity": ncc,
@@ -333,14 +344,14 @@ AS_ITS_PAPER: dict[str, Any] = {
 }
 
 NETWORKS: dict[str, Recipe] = {
-    "GeoReg": Recipe("georeg", GEOREG, SUPERVISED, 2e-3, 8),
+    "GeoReg": Recipe("georeg", GEOREG, SUPERVISED, 2e-3, 4),
     "GeoReg, feature warping": Recipe(
-        "georeg", GEOREG | {"interpolation": 0, "warp_features": True}, SUPERVISED, 2e-3, 8
+        "georeg", GEOREG | {"interpolation": 0, "warp_features": True}, SUPERVISED, 2e-3, 4
     ),
-    "VoxelMorph": Recipe("voxelmorph", {"integration": 7}, LOCAL, 1e-3, 8),
-    "VoxelMorph, displacement": Recipe("voxelmorph", {"integration": 0}, LOCAL, 1e-3, 8),
-    "FCN": Recipe("fcn", {}, AS_ITS_PAPER, 1e-3, 8),
-    "FCN, composed": Recipe("composed fcn", {}, LOCAL, 1e-3, 8),
+    "VoxelMorph": Recipe("voxelmorph", {"integration": 7}, LOCAL, 1e-3, 4),
+    "VoxelMorph, displacement": Recipe("voxelmorph", {"integration": 0}, LOCAL, 1e-3, 4),
+    "FCN": Recipe("fcn", {}, AS_ITS_PAPER, 1e-3, 4),
+    "FCN, composed": Recipe("composed fcn", {}, LOCAL, 1e-3, 4),
 }
 #: Those whose field is composed of integrated velocities, so that it does not fold.
 DIFFEOMORPHIC = ("VoxelMorph", "FCN, composed")

@@ -368,7 +368,10 @@ def small_networks() -> dict:
         settings = {k: v for k, v in recipe.settings.items() if k in kept} | own[recipe.kind]
         if recipe.kind == "georeg":
             settings["interpolation"] = 0 if settings.get("warp_features") else 2
-        return recipe._replace(settings=settings, batch=2)
+        objective = recipe.objective
+        if recipe.kind == "georeg":  # of fewer levels
+            objective = objective | {"regularity_weight": 0.1}
+        return recipe._replace(settings=settings, objective=objective, batch=2)
 
     return {name: shrunk(recipe) for name, recipe in networks.NETWORKS.items()}
 
