@@ -279,15 +279,17 @@ def sitk_bspline(moving: Any, fixed: Any, settings: dict[str, Any]) -> Any:
 
 
 def run_simpleitk(moving: str, fixed: str, field: str, settings: dict[str, Any]) -> Watch:
-    """Affine, then demons or a B-spline on the image resampled with it; or a displacement field."""
+    """Affine, if asked for, and demons or a B-spline after it; or a displacement field."""
     import SimpleITK as sitk
 
     m, f = (sitk.ReadImage(path, sitk.sitkFloat32) for path in (moving, fixed))
     with Watch() as watch:
         if "displacement" in settings:
             whole = [sitk_displacement(m, f, settings["displacement"])]
-        else:
+        elif "affine" in settings:
             whole = [sitk_affine(m, f, settings["affine"])]
+        else:
+            whole = [sitk.Transform(f.GetDimension(), sitk.sitkIdentity)]
         if "demons" in settings:
             u = sitk_demons(sitk_resample(m, f, whole[0]), f, settings["demons"])
             whole.append(sitk.DisplacementFieldTransform(sitk.Cast(u, sitk.sitkVectorFloat64)))

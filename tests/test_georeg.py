@@ -494,12 +494,15 @@ def test_pretrained_weights_register_unseen_digits() -> None:
     assert of_itself.norm(dim=1).mean() < 0.35 * field.norm(dim=1).mean()
 
 
-# --- Options: voxel spacing, neighbours in the fixed image, the global bottleneck -----------------
+# --- Options: spacing, neighbours in the fixed image, the bottleneck, and how it starts -----------
 
 OPTIONS = [
     {"siblings": 3},
     {"siblings": (0, 2, 3)},
     {"bottleneck": True},
+    {"normalise": True},
+    {"matching": 2.0},
+    {"normalise": True, "matching": 2, "interpolation": 0, "warp_features": True},
     {"siblings": 3, "bottleneck": True, "iterations": (1, 1, 3), "spacing": (1.0, 2.5, 0.7)},
 ]
 
@@ -561,7 +564,46 @@ def test_options_add_to_a_network_and_change_nothing_else_of_it() -> None:
     torch.manual_seed(0)
     more = georeg.GeoReg(channels=(4, 6, 8), siblings=3).state_dict()
     assert all(value.equal(more[name]) for name, value in bare.items())
-    assert not plain.settings.keys() & {"siblings", "bottleneck", "spacing", "checkpointing"}
+    options = {"siblings", "bottleneck", "normalise", "matching", "spacing", "checkpointing"}
+    assert not plain.settings.keys() & options
+    normalised = small(normalise=True, matching=2.0)
+    new = normalised.state_dict().keys() - plain.state_dict().keys()
+    assert {name.rpartition(".")[0] for name in new} == {f"encoder.norms.{n}" for n in range(3)}
+
+
+def test_normalised_features_tell_images_apart_at_the_coarsest_of_five_levels() -> None:
+    """As a share of what they are; without it they are the same to a thousandth."""
+    x = torch.rand(4, 1, 32, 48, generator=torch.Generator().manual_seed(0))
+    told = []
+    for normalise in (False, True):
+        torch.manual_seed(0)
+        encoder = georeg.GeoReg(
+            channels=(8, 8, 16, 16, 16),
+            neighbourhoods=5 * (3,),
+            iterations=5 * (1,),
+            normalise=normalise,
+        ).encoder
+        coarsest = encoder(x)[-1].detach()
+        told.append(float(coarsest.std(0).mean() / coarsest.abs().mean()))
+    assert told[0] < 1e-3
+    assert told[1] > 0.1
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_matching_starts_with_a_comparison_of_features(dimensions: int) -> None:
+    """The node whose feature is the point's own counts most; written out it is a softmax."""
+    torch.manual_seed(0)
+    attention = georeg.NeighbourAttention(dimensions, 8, 0.2, matching=2.0)
+    # Of one length: none is more like another than itself.
+    features = 4 * torch.nn.functional.normalize(torch.randn(1, 6, 9, 8), dim=-1)
+    points = features[:, :, 4]
+    relative, inside = torch.zeros(1, 6, 9, dimensions), torch.ones(1, 6, 9, dtype=torch.bool)
+    weights, attended = attention.plain(points, features, relative, inside)
+    seen = features + attention.position(relative)
+    expected = (2 * (points.unsqueeze(2) * seen).sum(-1) / math.sqrt(8)).softmax(-1)
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(attended, (expected.unsqueeze(-1) * seen).sum(2))
+    assert torch.equal(weights.argmax(-1), torch.full((1, 6), 4))
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -887,6 +929,10 @@ def test_bad_images_are_refused_at_the_door(moving, fixed, error, words) -> None
             "siblings",
         ),
         ({"bottleneck": 1}, "bottleneck"),
+        ({"normalise": "instance"}, "normalise"),
+        ({"matching": -1.0}, "matching"),
+        ({"matching": math.inf}, "matching"),
+        ({"matching": "yes"}, "matching"),
         ({"spacing": (1.0,)}, "spacing"),
         ({"spacing": (1.0, 0.0)}, "spacing"),
         ({"spacing": "ab"}, "spacing"),

@@ -105,15 +105,25 @@ def _double_conv(dimensions: int, inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Feature pyramid of one image: two double convolutions a level, the second residual."""
+    """Feature pyramid of one image: two double convolutions a level, the second residual.
 
-    def __init__(self, dimensions: int, inputs: int, channels: Sequence[int]) -> None:
+    With ``normalise`` every map of a level has mean 0 and deviation 1, each image by itself, times
+    and plus numbers that are learned, when it enters the second.
+    """
+
+    def __init__(
+        self, dimensions: int, inputs: int, channels: Sequence[int], *, normalise: bool = False
+    ) -> None:
         super().__init__()
         self.first, self.second = nn.ModuleList(), nn.ModuleList()
         for outputs in channels:
             self.first.append(_double_conv(dimensions, inputs, outputs))
             self.second.append(_double_conv(dimensions, outputs, outputs))
             inputs = outputs
+        norm = nn.InstanceNorm2d if dimensions == 2 else nn.InstanceNorm3d
+        self.norms = nn.ModuleList(
+            norm(outputs, affine=True) if normalise else nn.Identity() for outputs in channels
+        )
         self.dimensions, self.channels = dimensions, tuple(channels)
         self.checkpointing = False
 
@@ -132,7 +142,7 @@ class Encoder(nn.Module):
         return features
 
     def _level(self, level: int, x: Tensor) -> Tensor:
-        x = self.first[level](pool(x, 2) if level else x)
+        x = self.norms[level](self.first[level](pool(x, 2) if level else x))
         return x + self.second[level](x)
 
 
@@ -170,11 +180,19 @@ class NeighbourAttention(nn.Module):
     neighbour: q . W_K x = (W_K^T q) . x, and the sum over j goes before W_V. What is summed over j
     is :func:`reglib.methods.neighbours.attend`, which keeps nothing per neighbour either;
     :meth:`plain` is the same written out, and gives the weights. Without ``moves`` there is no
-    head, and what comes out are features.
+    head, and what comes out are features. With ``matching`` above 0, W_Q and W_V start as the
+    identity and W_K as so many times the identity: the weights start as a comparison of features,
+    the more alike, the larger.
     """
 
     def __init__(
-        self, dimensions: int, channels: int, fourier_scale: float, *, moves: bool = True
+        self,
+        dimensions: int,
+        channels: int,
+        fourier_scale: float,
+        *,
+        moves: bool = True,
+        matching: float = 0.0,
     ) -> None:
         super().__init__()
         self.checkpointing = False
@@ -193,6 +211,13 @@ class NeighbourAttention(nn.Module):
         self.head: nn.Module = nn.Identity()
         if moves:
             self.head = _head(dimensions, channels, nn.ReLU(inplace=True))
+        if matching > 0:
+            for layer in (self.query, self.key, self.value):
+                nn.init.eye_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+            with torch.no_grad():
+                self.key.weight.mul_(matching)
 
     def forward(
         self, points: Tensor, neighbours: Neighbours, spacing: Tensor | None = None
@@ -278,10 +303,11 @@ class Refinement(nn.Module):
         fourier_scale: float,
         *,
         warp_features: bool = False,
+        matching: float = 0.0,
     ) -> None:
         super().__init__()
         self.size, self.warp_features = size, warp_features
-        self.attention = NeighbourAttention(dimensions, channels, fourier_scale)
+        self.attention = NeighbourAttention(dimensions, channels, fourier_scale, matching=matching)
 
     def resampled(self, moving: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The moving features on a grid around each point: features, relative positions, inside."""
@@ -459,6 +485,11 @@ class GeoReg(nn.Module):
             the moving one, one number or one per level, finest first; 0 looks at none.
         bottleneck: let every point of the coarsest level see all of both images, in place of the
             neighbourhood there. Memory and time grow with the square of their number.
+        normalise: bring every feature map to mean 0 and deviation 1 (InstanceNorm) on its way
+            through its level. Without it what an image shows dies away on the way to the coarse
+            levels of many, which then start, and for long remain, blind.
+        matching: how sharply the attention of the refinements starts to compare the features of
+            both images, which the encoder makes alike; 0 starts with random weights.
         spacing: mm per voxel of the images, axis order, for relative positions and predicted
             displacements in mm; ``None`` counts in voxels. What ``forward`` takes by default.
         checkpointing: keep only the features and fields of each level, and compute the rest again
@@ -482,6 +513,8 @@ class GeoReg(nn.Module):
         warp_features: bool = False,
         siblings: int | Sequence[int] = 0,
         bottleneck: bool = False,
+        normalise: bool = False,
+        matching: float = 0.0,
         spacing: Sequence[float] | None = None,
         checkpointing: bool = False,
     ) -> None:
@@ -517,8 +550,12 @@ class GeoReg(nn.Module):
                 f"siblings: wanted 0 where a level is not refined, got {siblings!r} with "
                 f"neighbourhoods {neighbourhoods!r}"
             )
-        if not isinstance(bottleneck, bool):
-            raise TypeError(f"bottleneck: wanted True or False, got {bottleneck!r}")
+        for name, on in {"bottleneck": bottleneck, "normalise": normalise}.items():
+            if not isinstance(on, bool):
+                raise TypeError(f"{name}: wanted True or False, got {on!r}")
+        [sharpness] = check_numbers([matching], "matching")
+        if not 0 <= sharpness < math.inf:
+            raise ValueError(f"matching: wanted a number of at least 0, got {matching!r}")
         #: mm per voxel of the images, or ``None``.
         self.spacing = None if spacing is None else check_spacing(spacing, dimensions)
         #: What a file of weights says about them; empty for a new network.
@@ -539,12 +576,18 @@ class GeoReg(nn.Module):
             self.settings["siblings"] = around
         if bottleneck:
             self.settings["bottleneck"] = True
+        if normalise:
+            self.settings["normalise"] = True
+        if sharpness:
+            self.settings["matching"] = sharpness
         if self.spacing is not None:
             self.settings["spacing"] = list(self.spacing)
         self.dimensions, self.inputs, self.iterations = dimensions, inputs, tuple(iterations)
-        self.encoder = Encoder(dimensions, inputs, channels)
+        self.encoder = Encoder(dimensions, inputs, channels, normalise=normalise)
         self.refinements = nn.ModuleList(
-            Refinement(dimensions, c, k, fourier_scale, warp_features=warp_features)
+            Refinement(
+                dimensions, c, k, fourier_scale, warp_features=warp_features, matching=sharpness
+            )
             if k
             else nn.Identity()
             for c, k in zip(channels, neighbourhoods, strict=True)

@@ -1,0 +1,436 @@
+"""GeoReg's table of large synthetic deformations, on real brains whose deformation is known.
+
+    REGLIB_DATA=FOLDER python data_scripts/brains.py              # volumes -> one file
+    python data_scripts/georeg_synthetic.py train [NAME ...]      # every network and seed
+    python data_scripts/georeg_synthetic.py test                  # every configuration, once
+
+Without a command the last two run. For development there are
+
+    python data_scripts/georeg_synthetic.py calibrate             # how many steps to train
+    python data_scripts/georeg_synthetic.py test --split tuning --pairs 2
+
+of which the latter takes other subjects and writes nothing into results/. Leave the machine alone
+during calibrate and test: seconds count.
+
+The paper (Sideri-Lampretsa et al., arXiv:2412.13294) has such a table; its numbers are lost, so
+these are ours. Pairs: an axial slice of a brain of IXI (2 mm, 80 x 96) is moving; fixed is the same
+slice warped by a random field, with noise added. The field is the truth: a fractal ("Brownian")
+field, a rotation, a scaling of each axis, a translation, or all of them added up, at three
+strengths, without any affine alignment before. georeg_synthetic_networks.py says how much each
+strength is, as in the released code: uniform between minus and plus the amount.
+
+Networks, one of each kind and seed for all families, are trained on the mixture of all cells, on
+slices of training subjects, on one thread; each has as many steps as 15 minutes of one thread
+allowed on the machine that georeg_synthetic_steps.json names. A stopped training goes on from its
+checkpoint. Every setting was chosen on tuning subjects.
+
+``test`` has peers (peers.py), our classical method and the networks register the same NIfTI files
+in processes of their own, with two threads, and measures everything from the fields that come
+back. Each configuration sees the test pairs once; ``runs`` is the ledger. What is measured goes
+into build/georeg_synthetic/ at once, and a stopped run continues there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import itertools
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import georeg_synthetic_networks as networks
+import peers
+import torch
+from benchmark_classical import (
+    CAP,
+    Case,
+    Workers,
+    known_or_stop,
+    make_environment,
+    measure_all,
+    run_reglib,
+    versions,
+)
+from benchmark_record import UNREGISTERED, Record, Row, compare, interval, key
+from brains import ixi_structures
+from georeg_synthetic_networks import CELLS, SEEDS, Cell, Pairs, load, pair_of, trained
+from provenance import ROOT, provenance
+from torch import Tensor
+
+from reglib.data.nifti import Image
+from reglib.geometry.grid import identity_grid
+from reglib.geometry.sampling import warp_labels
+from reglib.methods import classical
+from reglib.methods.network import Network
+from reglib.objectives.metrics import dice, folding
+from reglib.objectives.surface import hd95
+
+WORK = networks.WORK
+RESULTS = ROOT / "results" / "georeg_synthetic.json"
+#: Pairs of each cell, of different subjects; the next cell goes on with the next ones.
+PER_CELL = 20
+#: Voxels of 1: all lengths are in voxels, of 2 mm.
+AFFINE = torch.eye(3, dtype=torch.float64)
+#: Structures of fewer pixels in either image are not measured.
+PIXELS = 20
+
+PROTOCOL: dict[str, Any] = {
+    "pairs": f"{PER_CELL} of each cell; the subjects of the part of splits.json in turn.",
+    "amounts": networks.AMOUNTS,
+    "noise": networks.NOISE,
+    "endpoint_error": "mean distance from the true field, in voxels of 2 mm, where the fixed grid "
+    "shows the brain and the true field stays in the image; a pair that failed or took too long "
+    "counts as unregistered.",
+    "hd95": "of structures that have 20 pixels or more in both images, mean, in voxels; one that "
+    "the transform leaves nowhere counts with the diagonal of the image.",
+    "folding": "share of pixels with a determinant of at most 0, where endpoint_error is measured; "
+    "folding_everywhere on the whole grid; folding_of_truth: of the true field.",
+    "seconds": "wall clock of the call that registers, imports warm, no files read.",
+    "interval": "95 %, percentile bootstrap over subjects.",
+    "threads": peers.THREADS,
+    "cap_seconds": CAP,
+}
+#: Of the paper's table, and not in ours.
+ABSENT = {
+    "LapIRN": "not implemented here",
+    "TransMorph": "in the library, but not trained for this table",
+    "D-PRNet": "not implemented here",
+    "RCN": "not implemented here",
+    "FourierNet": "not implemented here",
+}
+
+
+# --- Configurations ---------------------------------------------------------------------------
+
+ANTS = ("ANTsPy SyN MI, default", "ANTsPy SyN CC, full resolution")
+
+
+def configurations() -> dict[str, dict[str, Any]]:
+    """Peers, our classical method, and every network and seed."""
+    found = {name: peers.CONFIGURATIONS[name] for name in (*ANTS, "SimpleITK affine + demons")}
+    found["SimpleITK demons"] = {"package": "SimpleITK", "demons": peers.DEMONS}
+    methods: dict[str, dict[str, Any]] = {
+        "reglib velocity": {"Velocity": {}},
+        "reglib affine + velocity": {"Affine": {}, "Velocity": {}},
+    }
+    for name, own in methods.items():
+        found[name] = {"package": "reglib", "methods": own}
+    for name, seed in itertools.product(networks.NETWORKS, SEEDS):
+        path = networks.weights_of(name, seed)
+        found[f"{name}, seed {seed}"] = {
+            "package": "reglib",
+            "weights": str(path.relative_to(ROOT)),
+            "sha256": digest(path),
+            "training": networks.NETWORKS[name].as_json() | {"steps": networks.steps_of(name)},
+        }
+    return found
+
+
+def digest(path: Path) -> str | None:
+    """Of a file, if it is there: whoever trains again has another configuration."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
+
+
+def method_of(name: str) -> str:
+    """What a configuration is a seed of."""
+    return name.rpartition(", seed ")[0] or name
+
+
+def methods_of(settings: dict[str, Any]) -> list[Any]:
+    """What :func:`reglib.registration.register` is given."""
+    if "weights" in settings:
+        return [Network(trained(str(ROOT / settings["weights"])))]
+    return [getattr(classical, name)(**own) for name, own in settings["methods"].items()]
+
+
+def artificial_pair() -> tuple[Image, Image]:
+    """Waves, and the same 1.5 voxels further along: something to warm up with."""
+    x = identity_grid((80, 96))
+
+    def image(shift: float) -> Image:
+        a, b = (x[:, :1] + shift) / 9, x[:, 1:] / 7
+        return Image((a.sin() + b.cos() + (a + b).sin()) / 6 + 0.5, AFFINE)
+
+    return image(1.5), image(0.0)
+
+
+# --- Pairs ------------------------------------------------------------------------------------
+
+
+class Known(NamedTuple):
+    """A pair in memory, and the truth about it; labels are numbered in the order of the names."""
+
+    structures: list[str]
+    moving: Image
+    fixed: Image
+    moving_labels: Tensor
+    fixed_labels: Tensor
+    truth: Pairs
+
+
+def cases(part: str, count: int | None = None) -> list[Case]:
+    """The pairs of a part, at most so many of each cell; a subject is a cluster."""
+    subjects = load(part).subjects
+    each = min(PER_CELL, len(subjects))
+    found = []
+    for number, cell in enumerate(CELLS):
+        places = [(each * number + k) % len(subjects) for k in range(each)]
+        found += [Case(cell.name, subjects[p], subjects[p], p) for p in places[:count]]
+    return found
+
+
+def load_pair(case: Case, part: str) -> Known:
+    """A pair of the table."""
+    members = load(part)
+    cell = Cell(case.set[:-2], int(case.set[-1]))
+    truth = pair_of(part, case.cluster, cell)
+    labels = members.labels[case.cluster : case.cluster + 1].long()
+    images = (Image(x, AFFINE) for x in (truth.moving, truth.fixed))
+    return Known(list(ixi_structures()), *images, labels, warp_labels(labels, truth.field), truth)
+
+
+# --- Measuring --------------------------------------------------------------------------------
+
+
+def measure(pair: Known, u: Tensor) -> dict[str, Any]:
+    """Everything about a displacement ``(1, 2, H, W)`` in voxels."""
+    u, truth = u.float(), pair.truth
+    warped = warp_labels(pair.moving_labels, u)
+    counts = [
+        torch.bincount(x.flatten(), minlength=1 + len(pair.structures))[1:]
+        for x in (pair.moving_labels, pair.fixed_labels)
+    ]
+    seen = [1 + n for n, (a, b) in enumerate(zip(*counts, strict=True)) if min(a, b) >= PIXELS]
+    mask = truth.mask.to(u)
+    values = {
+        "endpoint_error": networks.endpoint_error(u, truth),
+        "folding": folding(u, mask=mask),
+        "folding_everywhere": folding(u),
+        "folding_of_truth": folding(truth.field, mask=mask),
+    }
+    found: dict[str, Any] = {name: float(f"{float(x):.5g}") for name, x in values.items()}
+    found |= {"structures": len(seen), "hd95": None, "mean_dice": None}
+    if seen:
+        apart = hd95(warped, pair.fixed_labels, labels=seen)
+        apart = apart.nan_to_num(posinf=math.hypot(*u.shape[2:]))
+        overlap = dice(warped, pair.fixed_labels, labels=seen)
+        found["hd95"] = round(float(apart.mean()), 4)
+        found["mean_dice"] = round(float(overlap.mean()), 5)
+    return found
+
+
+MEASURES = ("endpoint_error", "hd95", "mean_dice", "folding", "folding_everywhere", "seconds")
+
+
+def means(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of one method in one cell: means over pairs, and over seeds where it has several."""
+    found: dict[str, Any] = {"pairs": len({key(row)[:3] for row in rows})}
+    for name in MEASURES:
+        values = [row[name] for row in rows if row[name] is not None]
+        found[name] = float(f"{statistics.fmean(values):.4g}") if values else None
+    errors = [row["endpoint_error"] for row in rows]
+    found["interval"] = interval(errors, [row["cluster"] for row in rows])
+    found["folding_largest"] = max(row["folding"] for row in rows)
+    found["failed"] = sum(row["timed_out"] or row["failed"] is not None for row in rows)
+    seeds: dict[str, list[float]] = {}
+    for row in rows:
+        seeds.setdefault(row["configuration"], []).append(row["endpoint_error"])
+    if len(seeds) > 1:
+        found["seeds"] = [float(f"{statistics.fmean(own):.4g}") for own in seeds.values()]
+    return found
+
+
+def error_of(row: Row) -> float:
+    """What is compared."""
+    return float(row["endpoint_error"])
+
+
+def summarise(rows: Sequence[Row], ours: Collection[str] = ()) -> dict[str, Any]:
+    """Every cell and method, and what was to be reached."""
+    still = {key(row)[:3]: row for row in rows if row["configuration"] == UNREGISTERED}
+    tables: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        # A pair without a field counts as unregistered.
+        whole = row if "endpoint_error" in row else still[key(row)[:3]] | row
+        own = tables.setdefault(row["set"], {})
+        own.setdefault(method_of(row["configuration"]), []).append(whole)
+    cells = {
+        cell: {name: means(found) for name, found in table.items()}
+        for cell, table in tables.items()
+    }
+    below = {
+        cell: {
+            name: averaged(table["GeoReg"], found)
+            for name, found in table.items()
+            if name != "GeoReg"
+        }
+        for cell, table in tables.items()
+        if "GeoReg" in table
+    }
+    return {"cells": cells, "georeg_minus": below, "goals": goals(cells)}
+
+
+def averaged(one: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
+    """How far the end-point error of one is above that of another, seeds averaged first."""
+
+    def each(rows: Sequence[Row]) -> list[Row]:
+        pairs: dict[tuple[str, ...], list[Row]] = {}
+        for row in rows:
+            pairs.setdefault(key(row)[:3], []).append(row)
+        return [
+            own[0] | {"endpoint_error": statistics.fmean(map(error_of, own))}
+            for own in pairs.values()
+        ]
+
+    return compare(each(one), each(other), "endpoint_error", error_of)
+
+
+def goals(cells: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What was to be reached in each cell, and whether it was; nothing that was not measured.
+
+    At the two larger strengths: half of the end-point error of the best other network, and less
+    than that of each SyN. Everywhere: folding below 0.1 % and below that of every network that may
+    fold.
+    """
+    others = [name for name in networks.NETWORKS if name != "GeoReg"]
+    found: list[dict[str, Any]] = []
+
+    def note(cell: str, what: str, value: float, wanted: float) -> None:
+        found.append(
+            {"cell": cell, "what": what, "value": value, "wanted": wanted, "met": value < wanted}
+        )
+
+    for cell, table in cells.items():
+        if "GeoReg" not in table:
+            continue
+        error, folds = (table["GeoReg"][name] for name in ("endpoint_error", "folding"))
+        there = [name for name in others if name in table]
+        if int(cell[-1]) > 1:
+            if there:
+                best = min(there, key=lambda name: table[name]["endpoint_error"])
+                half = table[best]["endpoint_error"] / 2
+                note(cell, f"end-point error, half of {best}", error, half)
+            for name in ANTS:
+                if name in table:
+                    wanted = table[name]["endpoint_error"]
+                    note(cell, f"end-point error of {name}", error, wanted)
+        note(cell, "folding", folds, 1e-3)
+        for name in there:
+            if name not in networks.DIFFEOMORPHIC:
+                note(cell, f"folding of {name}", folds, table[name]["folding"])
+    return found
+
+
+def lines(cells: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """The table for the terminal: mean end-point errors, and folding over all cells."""
+    names = list(dict.fromkeys(name for table in cells.values() for name in table))
+    found = [" " * 32 + "".join(f"{cell:>14}" for cell in cells) + f"{'folding %':>12}"]
+    for name in names:
+        own = [table.get(name) for table in cells.values()]
+        errors = [f"{x['endpoint_error']:14.2f}" if x else f"{'':14}" for x in own]
+        share = 100 * statistics.fmean(x["folding"] for x in own if x)
+        found.append(f"{name:32}" + "".join(errors) + f"{share:12.4f}")
+    return found
+
+
+# --- The table --------------------------------------------------------------------------------
+
+
+def test(part: str, pairs: int | None, only: Sequence[str] | None, again: Sequence[str]) -> None:
+    """Register and measure."""
+    final = part == "test"
+    if final and provenance()["uncommitted_changes"]:
+        raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+    everything = cases(part, pairs)
+    all_of_them = configurations()
+    known_or_stop(only or [], all_of_them)
+    known_or_stop(again, [*all_of_them, UNREGISTERED])
+    wanted = {name: all_of_them[name] for name in all_of_them if only is None or name in only}
+    untrained = [name for name, s in wanted.items() if "weights" in s and s["sha256"] is None]
+    if untrained:
+        raise SystemExit(f"not trained yet: {untrained}")
+    record = Record(WORK / f"{part}.json", part, RESULTS if final else None)
+    record.forget(again)
+    tasks = {(*case[:3], name) for case in everything for name in [UNREGISTERED, *wanted]}
+    record.begin(wanted, tasks)
+    print(f"{len(tasks - record.done)} of {len(tasks)} registrations")
+    print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
+    python = make_environment()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Workers(python, Path(folder), __file__, WORK, warm=artificial_pair()) as workers,
+    ):
+        measure_all(
+            record,
+            everything,
+            wanted,
+            workers.files,
+            workers.register,
+            load=functools.partial(load_pair, part=part),
+            measure=measure,
+        )
+    finish(record, everything, list(all_of_them if final else wanted), python)
+
+
+def finish(record: Record, everything: Sequence[Case], names: Sequence[str], python: Path) -> None:
+    """Sum up, and write the results if nothing is missing."""
+    the_pairs = [case[:3] for case in everything]
+    missing = {(*pair, name) for pair in the_pairs for name in names} - record.done
+    if missing:
+        print(f"{len(missing)} registrations are missing: no {RESULTS.name} is written")
+        return
+    head = {
+        "script": "data_scripts/georeg_synthetic.py",
+        "protocol": PROTOCOL,
+        "versions": versions(python),
+        "absent": ABSENT,
+        "training": networks.records(),
+    }
+    whole = record.finish(the_pairs, names, head, summary=summarise)
+    print(*lines(whole["cells"]), sep="\n")
+    for goal in whole["goals"]:
+        print(goal)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command")
+    learn = commands.add_parser("train")
+    learn.add_argument("names", nargs="*", metavar="NAME", help=", ".join(networks.NETWORKS))
+    commands.add_parser("calibrate")
+    judge = commands.add_parser("test")
+    judge.add_argument("--split", choices=("test", "tuning"), default="test")
+    judge.add_argument("--pairs", type=int, help="at most so many of each cell (tuning)")
+    judge.add_argument("--only", nargs="+", metavar="NAME", help="these configurations")
+    judge.add_argument("--again", nargs="+", default=[], metavar="NAME", help="measure anew")
+    options = parser.parse_args()
+    if options.serve:
+        peers.serve({"reglib": functools.partial(run_reglib, methods_of=methods_of)})
+        return
+    if options.command == "calibrate":
+        networks.calibrate()
+    if options.command in ("train", None):
+        names = getattr(options, "names", None) or list(networks.NETWORKS)
+        unknown = set(names) - set(networks.NETWORKS)
+        if unknown:
+            raise SystemExit(f"no such network: {sorted(unknown)}; one of {[*networks.NETWORKS]}")
+        networks.train_all(names)
+    if options.command in ("test", None):
+        part, pairs = getattr(options, "split", "test"), getattr(options, "pairs", None)
+        if part == "test" and pairs is not None:
+            parser.error("--pairs: the test pairs are measured all together")
+        test(part, pairs, getattr(options, "only", None), getattr(options, "again", []))
+
+
+if __name__ == "__main__":
+    main()

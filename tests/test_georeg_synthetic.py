@@ -1,0 +1,662 @@
+"""The table of synthetic deformations: its truth, its cells, one training, and its arithmetic.
+
+Networks, their loss and the processes of the benchmark are tested with the library and with the
+benchmark. ANTs stays out. About 30 s on one core.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from reglib.data.nifti import read_field, write_field, write_image
+from reglib.geometry.sampling import warp, warp_labels
+from reglib.methods import fcn, georeg
+from reglib.methods.classical import Velocity
+from reglib.objectives.metrics import affine_share, folding
+from reglib.training import fit
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "data_scripts"
+sys.path.insert(0, str(SCRIPTS))
+try:
+    script = importlib.import_module("georeg_synthetic")
+    networks = importlib.import_module("georeg_synthetic_networks")
+    brains = importlib.import_module("brains")
+    benchmark = importlib.import_module("benchmark_classical")
+    records = importlib.import_module("benchmark_record")
+    peers = importlib.import_module("peers")
+finally:
+    sys.path.remove(str(SCRIPTS))
+
+Cell = networks.Cell
+#: Of the packed volumes: all planes that are looked at are there.
+VOLUME = (32, 48, 56)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def ellipses(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A head with structures in it, its middle in the middle: image and labels, ``(*S)``."""
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij"), -1)
+    x = (places - torch.tensor([(n - 1) / 2 for n in shape])) / torch.tensor(shape)
+    r = x.norm(dim=-1)
+    labels = torch.zeros(shape, dtype=torch.uint8)
+    image = torch.zeros(shape)
+    for number, (radius, shift) in enumerate(((0.4, 0.0), (0.15, 0.15), (0.12, -0.15)), 1):
+        near = (x - torch.tensor([shift, *(0.0,) * (len(shape) - 1)])).norm(dim=-1) < radius
+        labels[near] = number
+        image[near] = 0.3 * number
+    return (image + 0.1 * (20 * r).cos() * (image > 0)).clamp(0, 1), labels
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty folder for what the scripts write, and nothing that was read before."""
+    for name, file in {"TRAINING": "training.json", "CALIBRATION": "steps.json"}.items():
+        monkeypatch.setattr(networks, name, tmp_path / file)
+    monkeypatch.setattr(networks, "WORK", tmp_path)
+    monkeypatch.setattr(script, "WORK", tmp_path)
+    functions = (networks.load, networks.trained, networks.steps_of)
+    for function in functions:
+        function.cache_clear()
+    yield tmp_path
+    for function in functions:
+        function.cache_clear()
+
+
+@pytest.fixture
+def packed(work, monkeypatch):
+    """Small heads in place of the brains: 2 subjects to train, 2 to tune and 3 to test."""
+    parts = {"train": ["a", "b"], "validation": ["c", "d"], "test": ["e", "f", "g"]}
+    splits = work / "splits.json"
+    splits.write_text(json.dumps({"ixi_2mm": parts}))
+    image, labels = ellipses(VOLUME)
+    arrays = {}
+    for number, name in enumerate(itertools.chain(*parts.values())):
+        # Told apart by their brightness, and each plane by its own.
+        shade = (0.5 + number / 20) * (0.5 + torch.arange(VOLUME[2]) / 200)
+        arrays[f"{name}/image"] = (255 * image * shade).round().byte().numpy()
+        arrays[f"{name}/labels"] = labels.numpy()
+    np.savez(work / "brains.npz", **arrays)
+    monkeypatch.setattr(brains, "SPLITS", splits)
+    monkeypatch.setattr(brains, "PACKED", work / "brains.npz")
+    # brains.load was defined with the path of its own module.
+    whole = brains.load
+    monkeypatch.setattr(brains, "load", lambda part: whole(part, work / "brains.npz"))
+    return parts, arrays
+
+
+# --- Deformations ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 48), (12, 16, 14)])
+@pytest.mark.parametrize("family", networks.FAMILIES)
+def test_every_family_does_what_it_says_at_every_strength(family, shape):
+    """Displacements are bounded by the amount, come near to it, and grow with the strength."""
+    d, many = len(shape), 100
+    sides = torch.tensor([float(n) for n in shape]).view(1, d, *(1,) * d)
+    half = (sides - 1) / 2
+    means = []
+    for strength in networks.STRENGTHS:
+        cell = Cell(family, strength)
+        u = networks.deformation(shape, [cell] * many, generator())
+        assert u.shape == (many, d, *shape)
+        means.append(float(u.norm(dim=1).mean()))
+        amount = {part: own[strength - 1] for part, own in networks.AMOUNTS.items()}.get(family)
+        if family == "all":
+            continue
+        largest = u.abs().flatten(2).amax(2)
+        if family == "Brownian":
+            bound = amount * shape[0] / networks.ACROSS
+            assert float(largest.max()) <= bound
+            assert float(largest.max()) > 0.6 * bound
+            # What is added at nodes is no affine map.
+            assert float(affine_share(u).mean()) < 0.9
+            continue
+        assert float(affine_share(u).min()) == pytest.approx(1, abs=1e-4)
+        if family == "translation":
+            torch.testing.assert_close(u, u.flatten(2)[..., :1].view(many, d, *(1,) * d) + 0 * u)
+            relative = (u / sides).abs().flatten(2).amax(2)
+            assert float(relative.max()) <= amount + 1e-6
+            assert float(relative.max()) > 0.95 * amount
+            assert float(u.mean()) == pytest.approx(0, abs=0.2 * amount * max(shape))
+            continue
+        # Rotations and scalings are about the middle.
+        middle = tuple(n // 2 for n in shape)
+        assert float(u[(..., *middle)].abs().max()) < 1.5
+        if family == "scaling":
+            relative = (u / half).abs().flatten(2).amax(2)
+            assert float(relative.max()) == pytest.approx(amount, rel=0.05)
+        else:
+            jacobian = torch.stack([u.diff(dim=2 + a).flatten(2).mean(2) for a in range(d)], -1)
+            matrix = (jacobian + torch.eye(d)).double()
+            torch.testing.assert_close(
+                matrix @ matrix.mT,
+                torch.eye(d, dtype=torch.float64).expand(many, d, d),
+                atol=1e-4,
+                rtol=0,
+            )
+            cosine = ((torch.linalg.diagonal(matrix).sum(-1) - (d - 2)) / 2).clamp(-1, 1)
+            degrees = torch.rad2deg(cosine.acos())
+            # In space the three components together.
+            assert float(degrees.max()) <= amount * math.sqrt(d * (d - 1) / 2) + 0.1
+            assert float(degrees.max()) > 0.9 * amount
+    assert means[0] < means[1] < means[2]
+
+
+def test_all_is_the_sum_of_the_affine_map_and_the_noise():
+    """Of one state of the generator: the cells differ in the amounts alone."""
+    shape = (40, 48)
+    everything = networks.deformation(shape, [Cell("all", 2)], generator(1))
+    noise = networks.deformation(shape, [Cell("Brownian", 2)], generator(1))
+    assert float(affine_share(everything - noise)) == pytest.approx(1, abs=1e-4)
+    shift = networks.deformation(shape, [Cell("translation", 2)], generator(1))
+    middle = (everything - noise - shift)[..., 19:21, 23:25].mean((2, 3))
+    torch.testing.assert_close(middle, torch.zeros(1, 2), atol=1e-4, rtol=0)
+
+
+def test_cells_have_names_of_their_own_and_tell_their_amounts():
+    names = [cell.name for cell in networks.CELLS]
+    assert len(set(names)) == len(networks.FAMILIES) * 3 == 15
+    found = networks.amounts([Cell("rotation", 3), Cell("all", 1), Cell("scaling", 2)], "rotation")
+    assert found.flatten().tolist() == [45.0, 15.0, 0.0]
+
+
+def test_a_pair_is_its_truth_and_noise():
+    """Warped by the true field, the moving image is the fixed one but for noise of that size."""
+    image = ellipses((40, 48))[0][None, None].expand(15, -1, -1, -1)
+    pairs = networks.deformed(image, networks.CELLS, generator())
+    assert pairs.moving is image
+    warped = warp(image, pairs.field, padding="zeros")
+    # Where noise is not clipped.
+    rest = (pairs.fixed - warped)[(warped > 0.1) & (warped < 0.9)]
+    assert float(rest.mean()) == pytest.approx(0, abs=2e-3)
+    assert float(rest.std()) == pytest.approx(networks.NOISE, rel=0.05)
+    assert float(pairs.fixed.min()) == 0
+    assert float(pairs.fixed.max()) <= 1
+    # All but rotations and scalings differ much from the moving image, which is round.
+    apart = (pairs.fixed - image).abs().flatten(1).mean(1)
+    assert float(apart[9:].min()) > 0.02
+    with pytest.raises(ValueError, match="cells: wanted 15"):
+        networks.deformed(image, networks.CELLS[:3], generator())
+
+
+def test_the_mask_is_the_brain_where_phi_stays_in_the_image():
+    """By plain lookup of the nearest pixel; the brain reaches up to the border."""
+    image = torch.zeros(1, 1, 40, 48)
+    image[..., :12, 10:30] = 1.0
+    pairs = networks.deformed(image, [Cell("all", 3)], generator())
+    phi = pairs.field[0] + torch.stack(
+        torch.meshgrid(torch.arange(40), torch.arange(48), indexing="ij")
+    )
+    within = (phi[0] >= 0) & (phi[0] <= 39) & (phi[1] >= 0) & (phi[1] <= 47)
+    i, j = (phi[k].round().long().clamp(0, n) for k, n in enumerate((39, 47)))
+    assert torch.equal(pairs.mask[0, 0], within & (image[0, 0][i, j] > 0))
+    assert 0 < int(pairs.mask.sum()) < int((image[0, 0][i, j] > 0).sum())
+    u = torch.zeros(1, 2, 40, 48)
+    u[:, 0] = -5.0
+    expected = torch.zeros(1, 1, 40, 48, dtype=torch.bool)
+    expected[..., 5:, :] = True
+    assert torch.equal(networks.inside(u), expected)
+    assert networks.inside(torch.zeros(2, 3, 4, 5, 6)).all()
+
+
+def test_the_endpoint_error_is_the_mean_distance_within_the_mask():
+    pairs = networks.deformed(
+        ellipses((40, 48))[0][None, None].expand(2, -1, -1, -1),
+        [Cell("rotation", 2), Cell("all", 3)],
+        generator(),
+    )
+    assert networks.endpoint_error(pairs.field, pairs).tolist() == [0.0, 0.0]
+    off = pairs.field + torch.tensor([3.0, 4.0]).view(1, 2, 1, 1) * pairs.mask
+    torch.testing.assert_close(networks.endpoint_error(off, pairs), torch.tensor([5.0, 5.0]))
+    off = pairs.field + 100.0 * ~pairs.mask
+    assert networks.endpoint_error(off, pairs).tolist() == [0.0, 0.0]
+
+
+def test_the_stream_goes_on_where_it_was_and_has_every_cell():
+    images = torch.rand(5, 1, 16, 16)
+    stream = networks.DeformedPairs(images, 3, seed=1)
+    taken = iter(stream)
+    moving, fixed = next(taken)
+    assert moving.shape == fixed.shape == (3, 1, 16, 16)
+    state = stream.state_dict()
+    after = next(taken)
+    stream.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(after, next(iter(stream)), strict=True))
+    drawn = [networks.CELLS[n] for n in torch.cat([stream._draw(15) for _ in range(100)])]
+    assert set(drawn) == set(networks.CELLS)
+
+
+# --- Images ---------------------------------------------------------------------------------
+
+
+def test_parts_are_those_of_the_split_and_no_subject_is_in_two():
+    parts = json.loads(brains.SPLITS.read_text())["ixi_2mm"]
+    assert set(networks.PARTS.values()) == set(parts)
+    assert [len(parts[p]) for p in networks.PARTS.values()] == [100, 10, 30]
+    assert len(set(itertools.chain(*parts.values()))) == 140
+
+
+def test_slices_are_those_of_the_subjects_of_the_part(packed):
+    parts, arrays = packed
+    for part, own in networks.PARTS.items():
+        planes = networks.TRAINING_PLANES if part == "training" else (networks.PLANE,)
+        found = networks.load(part)
+        assert found.subjects == [name for name in parts[own] for _ in planes]
+        assert found.images.shape == (len(found.subjects), 1, *VOLUME[:2])
+        for number, (name, plane) in enumerate((n, p) for n in parts[own] for p in planes):
+            expected = torch.from_numpy(arrays[f"{name}/image"][:, :, plane]).float() / 255
+            torch.testing.assert_close(found.images[number, 0], expected)
+            label = torch.from_numpy(arrays[f"{name}/labels"][:, :, plane])
+            assert torch.equal(found.labels[number, 0], label)
+    volumes = networks.load("tuning", 3)
+    assert volumes.images.shape == (2, 1, *VOLUME)
+    assert volumes.subjects == parts["validation"]
+
+
+def test_without_the_volumes_it_says_what_to_do(packed, monkeypatch):
+    monkeypatch.setattr(brains, "PACKED", Path("nowhere/ixi_2mm.npz"))
+    with pytest.raises(SystemExit, match=r"brains\.py"):
+        networks.load("tuning")
+
+
+def test_pairs_are_the_same_again_and_differ_from_each_other(packed):
+    one = networks.pair_of("test", 0, Cell("all", 2))
+    again = networks.pair_of("test", 0, Cell("all", 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    fields = [
+        networks.pair_of(part, place, cell).field.flatten()
+        for part in ("tuning", "test")
+        for place in (0, 1)
+        for cell in (Cell("all", 2), Cell("all", 3))
+    ]
+    apart = torch.cdist(torch.stack(fields), torch.stack(fields)) + 1e9 * torch.eye(8)
+    assert float(apart.min()) > 1
+    watched = networks.tuning_pairs(1)
+    assert len(watched.moving) == 15
+    assert torch.equal(watched.field[3:4], networks.pair_of("tuning", 1, Cell("rotation", 1)).field)
+
+
+def test_the_pairs_of_a_part_are_of_its_subjects_in_turn(packed, monkeypatch):
+    monkeypatch.setattr(script, "PER_CELL", 2)
+    found = script.cases("test")
+    assert len({case[:3] for case in found}) == len(found) == 30
+    assert [case.moving for case in found[:6]] == ["e", "f", "g", "e", "f", "g"]
+    assert [case.cluster for case in found[:3]] == [0, 1, 2]
+    assert [case.set for case in found[::2]] == [cell.name for cell in networks.CELLS]
+    assert {case.moving for case in script.cases("tuning", 1)} == {"c"}
+    pair = script.load_pair(found[-1], "test")
+    assert torch.equal(pair.truth.field, networks.pair_of("test", 2, Cell("all", 3)).field)
+    assert torch.equal(pair.fixed_labels, warp_labels(pair.moving_labels, pair.truth.field))
+
+
+# --- Measures -------------------------------------------------------------------------------
+
+
+def known(strength: int = 1) -> script.Known:
+    """A pair of the head, shifted."""
+    image, labels = ellipses((40, 48))
+    cell = Cell("translation", strength)
+    truth = networks.deformed(image[None, None], [cell], generator(3))
+    labels = labels.long()[None, None]
+    images = (script.Image(x, script.AFFINE) for x in (truth.moving, truth.fixed))
+    names = ["head", "one", "other", "absent"]
+    return script.Known(names, *images, labels, warp_labels(labels, truth.field), truth)
+
+
+def test_measures_of_the_truth_and_of_nothing():
+    pair = known()
+    right = script.measure(pair, pair.truth.field)
+    assert right["endpoint_error"] == right["hd95"] == right["folding"] == 0
+    assert right["mean_dice"] == 1
+    assert right["structures"] == 3
+    nothing = script.measure(pair, torch.zeros_like(pair.truth.field))
+    shift = pair.truth.field[0, :, 0, 0]
+    assert nothing["endpoint_error"] == pytest.approx(float(shift.norm()), rel=1e-4)
+    # The surfaces of a shifted disc are at most the shift apart, but for half voxels.
+    assert 0.3 * float(shift.norm()) < nothing["hd95"] <= float(shift.norm()) + 1
+    assert nothing["mean_dice"] < 0.95
+
+
+def test_a_structure_that_is_lost_counts_with_the_diagonal():
+    pair = known()
+    away = torch.full_like(pair.truth.field, 1000.0)
+    assert script.measure(pair, away)["hd95"] == pytest.approx(math.hypot(40, 48), rel=1e-5)
+    empty = pair._replace(fixed_labels=torch.zeros_like(pair.fixed_labels))
+    found = script.measure(empty, away)
+    assert found["hd95"] is found["mean_dice"] is None
+    assert found["structures"] == 0
+
+
+def test_folding_is_counted_in_the_brain_and_on_the_whole_grid():
+    pair = known()
+    u = pair.truth.field.clone()
+    u[..., :4, :] += 5.0 * torch.arange(4).flip(0).view(4, 1)  # folds where no brain is
+    found = script.measure(pair, u)
+    assert found["folding"] == 0
+    assert found["folding_everywhere"] > 0.02
+    assert found["folding_of_truth"] == 0
+    assert float(folding(u)) == pytest.approx(found["folding_everywhere"], rel=1e-3)
+
+
+# --- Networks -------------------------------------------------------------------------------
+
+
+def small_networks() -> dict:
+    """The recipes with networks that learn nothing worth having in no time."""
+    own = {
+        "georeg": {"channels": [4, 6], "neighbourhoods": [2, 3], "iterations": [1, 1]},
+        "fcn": {"channels": [4, 6, 8]},
+        "composed fcn": {"channels": [4, 6], "decoder_channels": [4, 6]},
+        "voxelmorph": {},
+    }
+
+    def shrunk(recipe):
+        kept = ("warp_features", "integration")
+        settings = {k: v for k, v in recipe.settings.items() if k in kept} | own[recipe.kind]
+        if recipe.kind == "georeg":
+            settings["interpolation"] = 0 if settings.get("warp_features") else 2
+        objective = recipe.objective
+        if recipe.kind == "georeg":  # of fewer levels
+            objective = objective | {"regularity_weight": 0.1}
+        return recipe._replace(settings=settings, objective=objective, batch=2)
+
+    return {name: shrunk(recipe) for name, recipe in networks.NETWORKS.items()}
+
+
+@pytest.fixture
+def small(packed, monkeypatch):
+    """Small networks, and a calibration of three steps for everyone."""
+    monkeypatch.setattr(networks, "NETWORKS", small_networks())
+    monkeypatch.setattr(networks, "VALIDATED", 1)
+    steps = {"steps": dict.fromkeys(networks.NETWORKS, 3)}
+    networks.CALIBRATION.write_text(json.dumps(steps))
+
+
+def test_recipes_make_networks_that_start_near_the_identity_and_have_a_finite_loss():
+    pytest.importorskip("monai")
+    pairs = networks.deformed(torch.rand(2, 1, 80, 96), networks.CELLS[-2:], generator())
+    for name, recipe in networks.NETWORKS.items():
+        assert json.loads(json.dumps(recipe.as_json()))["kind"] == recipe.kind
+        torch.manual_seed(0)
+        network = recipe.network(2)
+        output = network(pairs.moving, pairs.fixed)
+        assert output.field.shape == (2, 2, 80, 96)
+        # GeoReg's first steps are in voxels of its coarsest level, 16 pixels.
+        assert float(output.field.detach().abs().max()) < 3, name
+        loss = sum(recipe.loss()(output, pairs.moving, pairs.fixed).values())
+        loss.backward()
+        assert all(
+            p.grad is not None and bool(p.grad.isfinite().all()) for p in network.parameters()
+        ), name
+
+
+def test_a_calibration_says_how_many_steps_the_limit_allows(small):
+    networks.CALIBRATION.unlink()
+    with pytest.raises(SystemExit, match="calibrate"):
+        networks.steps_of("GeoReg")
+    networks.calibrate()
+    written = json.loads(networks.CALIBRATION.read_text())
+    assert written["limit_seconds"] == networks.SECONDS
+    for name, seconds in written["measured"]["step_seconds"].items():
+        # Two digits of the quotient are kept.
+        assert written["steps"][name] == pytest.approx(networks.SECONDS / seconds, rel=0.06)
+        assert networks.steps_of(name) == written["steps"][name]
+
+
+@pytest.mark.parametrize("name", list(networks.NETWORKS))
+def test_a_trained_network_comes_back_from_its_file_and_registers(small, name):
+    record = networks.train(name, 0, 2)
+    assert record["training"]["steps"] == len(record["loss"]) == 2
+    assert len(record["tuning_error"]) == 1
+    path = networks.weights_of(name, 0)
+    network = networks.trained(str(path))
+    assert network.card["seed"] == 0
+    assert network.card["training"] == record["training"]
+    pair = script.load_pair(script.cases("test")[-1], "test")
+    files = {part: script.WORK / f"{part}.nii.gz" for part in ("moving", "fixed", "field")}
+    for part, image in (("moving", pair.moving), ("fixed", pair.fixed)):
+        write_image(files[part], image)
+    watch = script.run_reglib(
+        *map(str, files.values()), {"weights": str(path)}, methods_of=script.methods_of
+    )
+    assert watch.seconds > 0
+    with torch.no_grad():
+        expected = network(pair.moving.tensor, pair.fixed.tensor).field
+    found = read_field(files["field"])[0].float()
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    error = script.measure(pair, found)["endpoint_error"]
+    assert error == pytest.approx(float(networks.endpoint_error(expected, pair.truth)), rel=1e-2)
+
+
+def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(small, monkeypatch, work):
+    """After the first of three steps; the checkpoint has the stream of pairs in it."""
+    monkeypatch.setattr(networks, "VALIDATE_EVERY", 1)
+    whole = networks.train("GeoReg", 0, 3, path=work / "whole.safetensors")
+
+    def stopped(network, pairs, loss, **options):
+        looks = []
+
+        def look(trained):
+            looks.append(trained)
+            if len(looks) == 2:
+                raise KeyboardInterrupt
+            return own_look(trained)
+
+        own_look = options["validate"]
+        return fit(network, pairs, loss, **(options | {"validate": look}))
+
+    monkeypatch.setattr(networks, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        networks.train("GeoReg", 0, 3, path=work / "parts.safetensors")
+    monkeypatch.setattr(networks, "fit", fit)
+    assert not (work / "parts.safetensors").exists()
+    parts = networks.train("GeoReg", 0, 3, path=work / "parts.safetensors")
+    assert parts["loss"] == whole["loss"]
+    assert parts["tuning_error"] == whole["tuning_error"]
+    one, other = (georeg.load(work / f"{n}.safetensors").state_dict() for n in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_never_looks_at_a_test_subject(small, monkeypatch):
+    looked, load = [], networks.load
+    monkeypatch.setattr(
+        networks, "load", lambda part, *rest: looked.append(part) or load(part, *rest)
+    )
+    networks.train("FCN, composed", 1, 1)
+    assert set(looked) == {"training", "tuning"}
+
+
+def test_a_job_for_a_gpu_leaves_weights_and_a_record(small, monkeypatch, tmp_path):
+    """What ``make gpu`` calls, in space, with one step; the checkpoint is gone when it is done."""
+    monkeypatch.setattr(networks, "VALIDATED", 1)
+    job = {"network": "GeoReg", "seed": 0, "steps": 1, "batch": 1, "dimensions": 3}
+    (tmp_path / "settings.json").write_text(json.dumps(job))
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = ["--settings", str(tmp_path / "settings.json"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["georeg_synthetic_networks.py", *arguments])
+    networks.main()
+    assert sorted(path.name for path in out.iterdir()) == ["georeg_0.json", "georeg_0.safetensors"]
+    record = json.loads((out / "georeg_0.json").read_text())
+    assert record["training"]["batch"] == 1
+    assert record["training"]["dimensions"] == 3
+    assert georeg.load(out / "georeg_0.safetensors").dimensions == 3
+
+
+# --- The table ------------------------------------------------------------------------------
+
+
+def test_every_configuration_is_json_and_names_what_exists(small, work, monkeypatch):
+    monkeypatch.setattr(script, "ROOT", work)  # weights are named relative to it
+    found = script.configurations()
+    assert json.loads(json.dumps(found)) == found
+    assert {own["package"] for own in found.values()} == {"antspyx", "SimpleITK", "reglib"}
+    for name in networks.NETWORKS:
+        for seed in networks.SEEDS:
+            assert found[f"{name}, seed {seed}"]["sha256"] is None
+            assert script.method_of(f"{name}, seed {seed}") == name
+    assert script.method_of("reglib affine + velocity") == "reglib affine + velocity"
+    methods = script.methods_of(found["reglib velocity"])
+    assert methods == [Velocity()]
+    for name in (*script.ANTS, "SimpleITK affine + demons"):
+        assert found[name] == peers.CONFIGURATIONS[name]
+    assert "affine" not in found["SimpleITK demons"]
+    assert set(networks.DIFFEOMORPHIC) <= set(networks.NETWORKS)
+
+
+def test_no_pairs_without_everything_trained_and_none_of_unknown_names(small, work, monkeypatch):
+    monkeypatch.setattr(script, "ROOT", work)
+    with pytest.raises(SystemExit, match="not trained yet"):
+        script.test("tuning", 1, None, [])
+    for given in ((["nobody"], []), (None, ["nobody"])):
+        with pytest.raises(SystemExit, match="no such configuration"):
+            script.test("tuning", 1, *given)
+    assert not (work / "tuning.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["test", "--pairs", "1"], "measured all together"),
+        (["train", "nobody"], "no such network"),
+        (["test", "--split", "training"], "invalid choice"),
+    ],
+)
+def test_bad_commands_are_turned_down(monkeypatch, capsys, words, told):
+    monkeypatch.setattr(sys, "argv", ["georeg_synthetic.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert told in f"{stop.value}{capsys.readouterr().err}"
+
+
+def test_demons_alone_find_a_small_shift(tmp_path):
+    """1.5 voxels of waves: away from the border, more than half of the difference is gone."""
+    files = {part: tmp_path / f"{part}.nii" for part in ("moving", "fixed")}
+    for part, image in zip(files, script.artificial_pair(), strict=True):
+        write_image(files[part], image)
+    files["field"] = tmp_path / "field.nii.gz"
+    settings = {"package": "SimpleITK", "demons": peers.DEMONS}
+    peers.run_simpleitk(*map(str, files.values()), settings)
+    u, affine = read_field(files["field"])
+    assert torch.equal(affine, script.AFFINE)
+    moving, fixed = (image.tensor for image in script.artificial_pair())
+    after = (warp(moving, u.float()) - fixed)[..., 6:-6, 6:-6].abs().mean()
+    assert float(after) < 0.5 * float((moving - fixed)[..., 6:-6, 6:-6].abs().mean())
+
+
+def test_a_run_is_resumed_and_summed_up(tmp_path, monkeypatch):
+    """One finds the truth, one is broken: it counts as unregistered."""
+    pair = known(2)
+    everything = [benchmark.Case("translation 2", name, name, n) for n, name in enumerate("ab")]
+    names = {"moving": "moving.nii", "fixed": "fixed.nii", "field": "field.nii.gz"}
+    files = {part: tmp_path / name for part, name in names.items()}
+    asked = []
+
+    def run(name, settings):
+        asked.append(name)
+        if name == "broken":
+            return {"error": "broken"}
+        write_field(files["field"], pair.truth.field, script.AFFINE)
+        return {"seconds": 0.5, "cpu_seconds": 1.0}
+
+    wanted = {name: {"package": "none"} for name in ("GeoReg, seed 0", "GeoReg, seed 1", "broken")}
+    for _ in range(2):  # the second finds nothing left
+        record = records.Record(tmp_path / "rows.json", "test", tmp_path / "whole.json")
+        tasks = {(*c[:3], name) for c in everything for name in (records.UNREGISTERED, *wanted)}
+        record.begin(wanted, tasks)
+        script.measure_all(
+            record, everything, wanted, files, run, load=lambda case: pair, measure=script.measure
+        )
+    assert asked == list(wanted) * 2
+    monkeypatch.setattr(script, "versions", lambda python: {})
+    monkeypatch.setattr(networks, "TRAINING", tmp_path / "none.json")
+    script.finish(record, everything, list(wanted), tmp_path / "python")
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    table = whole["cells"]["translation 2"]
+    assert table["GeoReg"]["endpoint_error"] == 0
+    assert table["GeoReg"]["seeds"] == [0.0, 0.0]
+    assert table["GeoReg"]["pairs"] == 2
+    assert table["broken"]["failed"] == 2
+    assert table["broken"]["endpoint_error"] == table["unregistered"]["endpoint_error"]
+    beside = whole["georeg_minus"]["translation 2"]["broken"]
+    assert beside["pairs"] == 2
+    assert beside["endpoint_error"] == pytest.approx(-table["broken"]["endpoint_error"], abs=1e-3)
+    assert whole["complete"] is True
+    assert set(script.ABSENT) == set(whole["absent"])
+
+
+def test_nothing_is_written_while_a_row_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "georeg_synthetic.json")
+    record = records.Record(tmp_path / "rows.json", "test", script.RESULTS)
+    script.finish(record, [benchmark.Case("all 1", "a", "a", 0)], ["GeoReg, seed 0"], tmp_path)
+    assert "1 registrations are missing" in capsys.readouterr().out
+    assert not script.RESULTS.exists()
+
+
+def rows_of(**errors: list[float]) -> list[dict]:
+    """Made-up rows of one cell: the end-point errors of each configuration."""
+    others = {"hd95": 1.0, "mean_dice": 0.5, "folding_everywhere": 0.0, "seconds": 0.1}
+    return [
+        {"set": "all 2", "moving": str(n), "fixed": str(n), "cluster": n, "configuration": name}
+        | others
+        | {"endpoint_error": x, "folding": x / 1e4, "timed_out": False, "failed": None}
+        for name, values in errors.items()
+        for n, x in enumerate(values)
+    ]
+
+
+def test_goals_compare_with_the_best_other_network_and_with_ants():
+    ants, other = script.ANTS
+    errors = {
+        "unregistered": [9.0, 9.0],
+        "GeoReg, seed 0": [1.0, 2.0],
+        "GeoReg, seed 1": [2.0, 3.0],
+        "VoxelMorph, seed 0": [4.0, 6.0],
+        "FCN, seed 0": [4.0, 4.5],
+        ants: [1.5, 1.5],
+        other: [3.0, 3.0],
+    }
+    summary = script.summarise(rows_of(**errors))
+    table = summary["cells"]["all 2"]
+    assert table["GeoReg"]["endpoint_error"] == 2.0
+    assert table["GeoReg"]["seeds"] == [1.5, 2.5]
+    assert summary["georeg_minus"]["all 2"]["VoxelMorph"]["endpoint_error"] == -3.0
+    found = {
+        goal["what"]: (goal["value"], goal["wanted"], goal["met"]) for goal in summary["goals"]
+    }
+    assert found == {
+        "end-point error, half of FCN": (2.0, 2.125, True),
+        f"end-point error of {ants}": (2.0, 1.5, False),
+        f"end-point error of {other}": (2.0, 3.0, True),
+        "folding": (2e-4, 1e-3, True),
+        "folding of FCN": (2e-4, 4.25e-4, True),
+    }
+    first = [row | {"set": "all 1"} for row in rows_of(**errors)]
+    weak = script.summarise(first)["goals"]
+    assert {goal["what"] for goal in weak} == {"folding", "folding of FCN"}
+    for line in script.lines(summary["cells"]):
+        assert len(line) == 32 + 14 + 12
+
+
+def test_georeg_ablation_differs_only_in_how_it_looks():
+    own, ablated = (networks.NETWORKS[n] for n in ("GeoReg", "GeoReg, feature warping"))
+    changed = {"warp_features", "interpolation"}
+    assert {k: v for k, v in own.settings.items() if k not in changed} == {
+        k: v for k, v in ablated.settings.items() if k not in changed
+    }
+    assert own[2:] == ablated[2:]
+    assert isinstance(own.network(2), georeg.GeoReg)
+    assert isinstance(networks.NETWORKS["FCN"].network(2), fcn.FCN)
