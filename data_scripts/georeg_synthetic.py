@@ -108,6 +108,8 @@ ABSENT = {
 
 # --- Configurations ---------------------------------------------------------------------------
 
+#: What goes on from the field of a network on the pair, from its first seed.
+CONTINUED: dict[str, dict[str, Any]] = {"GeoReg": {"Velocity": {"levels": [4.0, 2.0, 1.0]}}}
 ANTS = ("ANTsPy SyN MI, default", "ANTsPy SyN CC, full resolution")
 
 
@@ -129,6 +131,8 @@ def configurations() -> dict[str, dict[str, Any]]:
             "sha256": digest(path),
             "training": networks.NETWORKS[name].as_json() | {"steps": networks.steps_of(name)},
         }
+    for name, own in CONTINUED.items():
+        found[f"{name}, then velocity"] = found[f"{name}, seed {SEEDS[0]}"] | {"methods": own}
     return found
 
 
@@ -144,9 +148,11 @@ def method_of(name: str) -> str:
 
 def methods_of(settings: dict[str, Any]) -> list[Any]:
     """What :func:`reglib.registration.register` is given."""
+    methods: list[Any] = []
     if "weights" in settings:
-        return [Network(trained(str(ROOT / settings["weights"])))]
-    return [getattr(classical, name)(**own) for name, own in settings["methods"].items()]
+        methods.append(Network(trained(str(ROOT / settings["weights"]))))
+    named = settings.get("methods", {})
+    return methods + [getattr(classical, name)(**own) for name, own in named.items()]
 
 
 def artificial_pair() -> tuple[Image, Image]:

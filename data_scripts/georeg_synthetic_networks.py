@@ -318,8 +318,8 @@ class Recipe(NamedTuple):
 #: deformations. Without the last two it learns nothing in minutes.
 GEOREG: dict[str, Any] = {
     "channels": [8, 16, 32, 64, 64],
-    "neighbourhoods": [0, 3, 3, 3, 5],
-    "iterations": [0, 1, 2, 2, 2],
+    "neighbourhoods": [0, 3, 3, 5, 5],
+    "iterations": [0, 1, 2, 3, 2],
     "interpolation": [0, 0, 2, 2],
     "normalise": True,
     "matching": 2.0,

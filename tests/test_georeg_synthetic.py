@@ -508,7 +508,12 @@ def test_every_configuration_is_json_and_names_what_exists(small, work, monkeypa
         for seed in networks.SEEDS:
             assert found[f"{name}, seed {seed}"]["sha256"] is None
             assert script.method_of(f"{name}, seed {seed}") == name
-    assert script.method_of("reglib affine + velocity") == "reglib affine + velocity"
+    for name in ("reglib affine + velocity", "GeoReg, then velocity"):
+        assert script.method_of(name) == name
+    continued = found["GeoReg, then velocity"]
+    assert continued["weights"] == found["GeoReg, seed 0"]["weights"]
+    [velocity] = script.methods_of({"methods": continued["methods"]})
+    assert isinstance(velocity, Velocity)
     methods = script.methods_of(found["reglib velocity"])
     assert methods == [Velocity()]
     for name in (*script.ANTS, "SimpleITK affine + demons"):

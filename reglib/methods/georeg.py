@@ -14,6 +14,8 @@ travel. Written for 2-D and 3-D alike. Where it departs from the paper (P) or it
 - Of the fixed image a point sees its own feature only, whose receptive field the encoder makes.
   Options of C, off by default as in most of its configurations: a second attention, over the fixed
   neighbours, and a coarsest level where every point sees all of both images.
+- Neither normalises features, nor lets attention start as their comparison: options of ours, off by
+  default.
 - After the attention come a skip connection, two LayerNorms and a small MLP before the head, as
   in C; the equations of P end with the head.
 - The query is the encoder's feature at every level (P); C carries features from coarse to fine.
