@@ -15,10 +15,10 @@ FILES = sorted((ROOT / "results").glob("*.json"))
 
 
 def seconds(run: dict) -> float:
-    """How long a run took: it says so, or every setting that it measured does, of a pair."""
+    """How long a run took: it says so, or what it timed does, of a pair."""
     if "seconds" in run:
         return run["seconds"]
-    return sum(row["pairs"] * row["seconds"][0] for row in run["settings"].values())
+    return sum(row["pairs"] * row["seconds"][0] for row in run["batches"].values())
 
 
 def provenances(content: dict) -> list[dict]:
