@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 import peers
 import torch
-from benchmark_record import DRAWS, UNREGISTERED, Record, Row, estimate, key, table
+from benchmark_record import DRAWS, UNREGISTERED, Record, Row, estimate, key, summarise, table
 from brains import ixi_structures, relabel, scaled
 from provenance import ROOT, provenance
 from torch import Tensor
@@ -505,6 +505,99 @@ def known_or_stop(names: Iterable[str], known: Collection[str]) -> None:
         raise SystemExit(f"no such configuration: {sorted(unknown)}; one of {list(known)}")
 
 
+def register_all(
+    record: Record,
+    everything: Sequence[Case],
+    configurations: dict[str, dict[str, Any]],
+    load: Callable[[Case], Any],
+    script: str,
+    work: Path,
+    *,
+    measure: Callable[[Any, Tensor], dict[str, Any]] = measure,
+    warm: tuple[Image, Image] | None = None,
+    known: Sequence[Row] = (),
+    only: Collection[str] | None = None,
+    **sums: Any,
+) -> dict[str, Any] | None:
+    """Measure what ``record`` does not hold, and sum up if nothing is missing then.
+
+    Args:
+        record: keeps every row at once.
+        everything: the pairs.
+        configurations: settings by name, of all that there should be.
+        load: reads a case.
+        script: serves ours when it is called with ``--serve``.
+        work: where the processes write their logs.
+        measure: what is to be known about a transform.
+        warm: what goes through every configuration first, see :class:`Workers`.
+        known: rows to estimate the time from.
+        only: run these configurations; ``None`` for all.
+        sums: for :func:`sum_up`.
+
+    Returns:
+        The whole with its summary, or ``None`` if something is missing.
+    """
+    wanted = {n: s for n, s in configurations.items() if only is None or n in only}
+    tasks = {(*case[:3], name) for case in everything for name in [UNREGISTERED, *wanted]}
+    record.begin(wanted, tasks)
+    left = tasks - record.done
+    minutes = estimate(left, record.rows, known)
+    print(f"{len(left)} of {len(tasks)} registrations, about {minutes:.0f} minutes")
+    print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
+    python = make_environment()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Workers(python, Path(folder), script, work, warm=warm) as workers,
+    ):
+        measure_all(
+            record,
+            everything,
+            wanted,
+            workers.files,
+            workers.register,
+            known,
+            load=load,
+            measure=measure,
+        )
+    return sum_up(record, everything, list(configurations), python, **sums)
+
+
+def sum_up(
+    record: Record,
+    everything: Sequence[Case],
+    names: Sequence[str],
+    python: Path,
+    *,
+    head: dict[str, Any] | None = None,
+    summary: Callable[[Sequence[Row], Collection[str]], dict[str, Any]] = summarise,
+    show: Callable[[dict[str, Any]], str] = table,
+) -> dict[str, Any] | None:
+    """Print the table, and finish the record if nothing is missing.
+
+    Args:
+        record: with what is measured.
+        everything: the pairs.
+        names: of the configurations that there should be.
+        python: the interpreter of the peers.
+        head: what the results begin with.
+        summary: of rows, given the names of ours.
+        show: the summary for the terminal.
+
+    Returns:
+        The whole with its summary, or ``None`` if something is missing.
+    """
+    pairs = [case[:3] for case in everything]
+    missing = {(*pair, name) for pair in pairs for name in names} - record.done
+    if missing:
+        print(f"{len(missing)} registrations are missing: no results are written")
+        print(show(summary(record.rows, ())))
+        return None
+    head = (head or {}) | {"versions": versions(python)}
+    found = record.finish(pairs, names, head, summary=summary)
+    print(show(found))
+    return found
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
@@ -529,29 +622,24 @@ def main() -> None:
     configurations = {name: CONFIGURATIONS[name] for name in CONFIGURATIONS if name in wanted}
 
     everything = cases(options.split, options.pairs)
-    pairs = [case[:3] for case in everything]
     record = Record(WORK / f"{options.split}.json", options.split, RESULTS if test else None)
     record.forget(options.again)
-    tasks = {(*pair, name) for pair in pairs for name in [UNREGISTERED, *configurations]}
-    record.begin(configurations, tasks)
     other = WORK / "validation.json"
-    known = json.loads(other.read_text())["rows"] if test and other.exists() else []
-    left = tasks - record.done
-    minutes = estimate(left, record.rows, known)
-    print(f"{len(left)} of {len(tasks)} registrations, about {minutes:.0f} minutes")
-    print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
-
-    python = make_environment()
-    with tempfile.TemporaryDirectory() as folder, Workers(python, Path(folder)) as workers:
-        measure_all(record, everything, configurations, workers.files, workers.register, known)
-    missing = {(*pair, name) for pair in pairs for name in CONFIGURATIONS} - record.done
-    if test and missing:
-        print(f"{len(missing)} registrations are missing: no {RESULTS.name} is written")
-        return
-    head = {"script": "data_scripts/benchmark_classical.py", "protocol": PROTOCOL}
-    head |= {"versions": versions(python), "structures": STRUCTURES}
-    names = list(CONFIGURATIONS if test else configurations)
-    print(table(record.finish(pairs, names, head)))
+    register_all(
+        record,
+        everything,
+        CONFIGURATIONS if test else configurations,
+        load,
+        __file__,
+        WORK,
+        known=json.loads(other.read_text())["rows"] if test and other.exists() else [],
+        only=list(configurations),
+        head={
+            "script": "data_scripts/benchmark_classical.py",
+            "protocol": PROTOCOL,
+            "structures": STRUCTURES,
+        },
+    )
 
 
 if __name__ == "__main__":

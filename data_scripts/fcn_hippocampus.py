@@ -40,23 +40,21 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
-import os
 import statistics
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import benchmark_classical
+import benchmark_record
 import fcn_networks as networks
 import peers
 import torch
-from benchmark_classical import Case, Loaded, Workers, run_reglib
-from benchmark_record import UNREGISTERED, Record, Row, key, table
-from fcn_networks import EMBEDDED, LOCAL, SEEDS, load, trained, whole_dice
+from benchmark_classical import Case, Loaded, known_or_stop, register_all, run_reglib
+from benchmark_record import Record, Row, summarise
+from fcn_networks import EMBEDDED, LOCAL, SEEDS, load, whole_dice
 from provenance import ROOT, provenance
 from torch import Tensor
+from trainings import configuration, trained, trained_or_stop
 
 from reglib.data.nifti import Image
 from reglib.geometry.sampling import warp_labels
@@ -110,19 +108,12 @@ def configurations() -> dict[str, dict[str, Any]]:
     for name, recipe in networks.NETWORKS.items():
         training = recipe.settings() | {"steps": networks.steps_of(name)}
         for seed in recipe.seeds:
-            path = networks.registering(name, seed)
-            own: dict[str, Any] = {"package": "reglib", "weights": str(path.relative_to(ROOT))}
-            own |= {"sha256": digest(path), "training": training}
+            own = configuration(networks.registering(name, seed), training=training)
             found[f"{name}, seed {seed}"] = own
             if name in GO_ON and seed == SEEDS[0]:
                 for words, methods in CONTINUED.items():
                     found[f"{name}, {words}"] = own | {"methods": methods}
     return found
-
-
-def digest(path: Path) -> str | None:
-    """Of a file, if it is there: whoever trains again has another configuration."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
 
 
 def methods_of(settings: dict[str, Any]) -> list[Any]:
@@ -184,52 +175,44 @@ def extra_means(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     }
 
 
+def sums(rows: Sequence[Row], ours: Collection[str]) -> dict[str, Any]:
+    """The summary of the benchmark, and what only this table has."""
+    return {"parts": extra_means(rows)} | summarise(rows, ours)
+
+
+def table(content: dict[str, Any]) -> str:
+    """The summary for the terminal."""
+    parts = [f"{name:44} {means}" for name, means in content["parts"].items()]
+    return "\n".join([benchmark_record.table(content), *parts])
+
+
 def test(part: str, pairs: int | None, only: Sequence[str] | None) -> None:
     """Register and measure."""
     final = part == "test"
     if final and provenance()["uncommitted_changes"]:
         raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
-    everything = cases(part)[:pairs]
     all_of_them = configurations()
+    known_or_stop(only or [], all_of_them)
     wanted = {name: all_of_them[name] for name in all_of_them if only is None or name in only}
-    untrained = [name for name, s in wanted.items() if "weights" in s and s["sha256"] is None]
-    if untrained:
-        raise SystemExit(f"not trained yet: {untrained}")
-    record = Record(WORK / f"{part}.json", part, RESULTS if final else None)
-    tasks = {(*case[:3], name) for case in everything for name in [UNREGISTERED, *wanted]}
-    record.begin(wanted, tasks)
-    print(f"{len(tasks - record.done)} of {len(tasks)} registrations")
-    print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
-    python = benchmark_classical.make_environment()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Workers(python, Path(folder), __file__, WORK) as workers,
-    ):
-        benchmark_classical.measure_all(
-            record,
-            everything,
-            wanted,
-            workers.files,
-            workers.register,
-            load=functools.partial(loaded, part=part),
-            measure=measure,
-        )
-    names = list(all_of_them if final else wanted)
-    the_pairs = [case[:3] for case in everything]
-    missing = {(*pair, name) for pair in the_pairs for name in names} - record.done
-    if missing:
-        print(f"{len(missing)} registrations are missing: no {RESULTS.name} is written")
-        return
-    head = {
-        "script": "data_scripts/fcn_hippocampus.py",
-        "protocol": __doc__,
-        "training": [r for r in networks.records() if r["network"] != EMBEDDED]
-        + [networks.embedded_record()],
-        "parts": extra_means([row for row in record.rows if key(row)[:3] in the_pairs]),
-    }
-    print(table(record.finish(the_pairs, names, head)))
-    for name, means in head["parts"].items():
-        print(f"{name:44}", means)
+    trained_or_stop(wanted)
+    trainings = [r for r in networks.TRAININGS.records() if r["network"] != EMBEDDED]
+    register_all(
+        Record(WORK / f"{part}.json", part, RESULTS if final else None),
+        cases(part)[:pairs],
+        all_of_them if final else wanted,
+        functools.partial(loaded, part=part),
+        __file__,
+        WORK,
+        measure=measure,
+        only=list(wanted),
+        head={
+            "script": "data_scripts/fcn_hippocampus.py",
+            "protocol": __doc__,
+            "training": [*trainings, networks.embedded_record()],
+        },
+        summary=sums,
+        show=table,
+    )
 
 
 def main() -> None:

@@ -8,24 +8,21 @@ network, steps and batch. Nothing but torch, numpy, safetensors and the library 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
-import multiprocessing
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import timing
 import torch
-from provenance import ROOT, provenance, write_json
+import trainings
+from provenance import ROOT, provenance
 from torch import Tensor, nn
+from trainings import AnyNetwork, Stream, Trainings, UNet
 
 from reglib.geometry.sampling import warp, warp_labels
 from reglib.methods import fcn
@@ -33,19 +30,15 @@ from reglib.objectives.metrics import dice
 from reglib.objectives.regularity import diffusion, total_variation
 from reglib.objectives.similarity import lncc, ncc
 from reglib.training import fit
-from reglib.weights import load_weights, save_weights
+from reglib.weights import load_weights
 
 SPLITS = ROOT / "data_scripts" / "splits.json"
 WORK = ROOT / "build" / "fcn_hippocampus"
 PACKED = WORK / "hippocampus.npz"
-TRAINING = WORK / "training.json"
-#: Steps of every network, and the measured seconds of a step that they come from.
-CALIBRATION = ROOT / "data_scripts" / "fcn_steps.json"
+TRAININGS = Trainings(WORK, ROOT / "data_scripts" / "fcn_steps.json")
 #: What was done to the images, for whoever brings others: see ``hippocampus(origin="msd")``.
 PREPARED = {"quantile": 0.99, "orientation": "RAS", "spacing": [1.0, 1.0, 1.0]}
 SEEDS = (0, 1, 2)
-#: Of the training of each network, on one thread.
-SECONDS = 900.0
 #: Between two looks at the validation pairs.
 VALIDATE_EVERY = 100
 
@@ -90,15 +83,12 @@ def load(part: str) -> Members:
     return Members(names, images.float() / 255, labels.long())
 
 
-class RandomPairs:
-    """An endless stream of pairs of different members.
-
-    It says where it is and can be put there again, for a training that is resumed.
-    """
+class RandomPairs(Stream):
+    """An endless stream of pairs of different members."""
 
     def __init__(self, images: Tensor, batch: int, seed: int) -> None:
+        super().__init__(seed)
         self.images, self.batch = images, batch
-        self.generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.images)
@@ -106,14 +96,6 @@ class RandomPairs:
             fixed = torch.randint(n, (self.batch,), generator=self.generator)
             others = torch.randint(1, n, (self.batch,), generator=self.generator)
             yield self.images[(fixed + others) % n], self.images[fixed]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state of the generator."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from there."""
-        self.generator.set_state(state["generator"])
 
 
 def places(count: int) -> list[tuple[int, int]]:
@@ -136,27 +118,6 @@ def pairs_of(part: str) -> tuple[Tensor, ...]:
 # --- Networks -------------------------------------------------------------------------------
 
 
-class UNet(nn.Module):
-    """MONAI's VoxelMorph as it comes: a U-Net, and its velocity integrated at half resolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from monai.networks.nets import VoxelMorph
-
-        self.voxelmorph = VoxelMorph()
-        self.card: dict[str, Any] = {
-            "input": {"channels": 1, "range": [0.0, 1.0], "size_multiple": 16}
-        }
-
-    def forward(self, moving: Tensor, fixed: Tensor) -> fcn.Output:
-        """The field, as the only level of an output that the objective of FCN understands."""
-        field = self.voxelmorph(moving, fixed)[1]
-        return fcn.Output(field, (fcn.Level(1, field),))
-
-
-AnyNetwork = fcn.FCN | fcn.ComposedFCN | UNet
-
-
 class Recipe(NamedTuple):
     """How a network is made and trained; every value is JSON but the functions."""
 
@@ -175,8 +136,8 @@ class Recipe(NamedTuple):
 
     def settings(self) -> dict[str, Any]:
         """As JSON."""
-        named = {k: getattr(v, "__name__", v) for k, v in self.objective.items()}
-        return {"kind": self.kind, "objective": named, "lr": self.lr, "batch": self.batch}
+        objective = trainings.named(self.objective)
+        return {"kind": self.kind, "objective": objective, "lr": self.lr, "batch": self.batch}
 
 
 AS_THE_PAPER: dict[str, Any] = {
@@ -199,14 +160,9 @@ EMBEDDED = "FCN, composed, longer"
 WEIGHTS = ROOT / "reglib" / "methods" / fcn.WEIGHTS
 
 
-def weights_of(name: str, seed: int) -> Path:
-    """Where a trained network lies."""
-    return WORK / f"{name.lower().replace(', ', '_').replace(' ', '_')}_{seed}.safetensors"
-
-
 def registering(name: str, seed: int) -> Path:
     """Where the weights lie that are measured: of the embedded network, in the package."""
-    return WEIGHTS if name == EMBEDDED else weights_of(name, seed)
+    return WEIGHTS if name == EMBEDDED else TRAININGS.weights(name, seed)
 
 
 @torch.no_grad()
@@ -234,9 +190,7 @@ def whole_dice(warped_labels: Tensor, fixed_labels: Tensor) -> float:
 
 
 def calibrate() -> None:
-    """Measure a step of every network, all in turn, and write how many ``SECONDS`` allow."""
-    torch.set_num_threads(1)
-    begin, before = time.perf_counter(), timing.load()
+    """Measure a step of every network and write how many the time allows."""
 
     def step_of(recipe: Recipe) -> Callable[[], object]:
         network, images = recipe.network(), load("train").images
@@ -252,21 +206,16 @@ def calibrate() -> None:
 
     # What is trained for longer takes steps of the same length.
     each = {name: recipe for name, recipe in NETWORKS.items() if recipe.longer == 1}
-    found = timing.in_turn({name: step_of(recipe) for name, recipe in each.items()}, repeats=5)
-    steps = {name: int(float(f"{SECONDS / seconds:.2g}")) for name, seconds in found.items()}
-    run = timing.run_of("cpu", begin, before, step_seconds=found)
-    write_json(CALIBRATION, {"limit_seconds": SECONDS, "steps": steps, "measured": run})
-    print(json.dumps(steps, indent=1))
+    TRAININGS.calibrate({name: step_of(recipe) for name, recipe in each.items()})
 
 
-@functools.cache
 def steps_of(name: str) -> int:
     """Of a network's training."""
-    recipe, steps = NETWORKS[name], json.loads(CALIBRATION.read_text())["steps"]
+    recipe, steps = NETWORKS[name], TRAININGS.steps()
     # Of the network that takes steps of the same length.
     alike = (recipe.kind, recipe.batch)
     [same] = [one for one in steps if (NETWORKS[one].kind, NETWORKS[one].batch) == alike]
-    return int(recipe.longer * steps[same])
+    return recipe.longer * steps[same]
 
 
 def train(
@@ -281,12 +230,8 @@ def train(
         batch: pairs of a step; ``None`` for those of the recipe.
         path: of the weights; ``None`` for their place in build/.
     """
-    recipe, path = NETWORKS[name], path or weights_of(name, seed)
-    recipe = recipe._replace(batch=batch or recipe.batch)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(1)
-    torch.manual_seed(seed)
+    recipe, path = NETWORKS[name], path or TRAININGS.weights(name, seed)
+    recipe, device = recipe._replace(batch=batch or recipe.batch), trainings.begin(seed)
     network = recipe.network().to(device)
     network.card["input"] |= PREPARED
     validation = [x.to(device) for x in pairs_of("validation")]
@@ -316,7 +261,7 @@ def train(
         },
         "dice_every": VALIDATE_EVERY,
         "dice": [round(-x, 4) for x in history["validation"] if not math.isnan(x)],
-        "loss": [round(statistics.fmean(x), 5) for x in _parts(history["loss"], 100)],
+        "loss": trainings.curve(history["loss"]),
         "provenance": provenance(),
     }
     # The card's own settings are the network's.
@@ -327,25 +272,17 @@ def train(
         "trained_on": "150 crops of the Medical Segmentation Decathlon, Task04 (splits.json)",
         "licence": "weights: Apache-2.0; data: CC BY-SA 4.0 (Simpson et al., arXiv:1902.09063)",
     }
-    if isinstance(network, UNet):
-        save_weights(network, path, network.card | card | {"method": "monai"})
-    else:
-        fcn.save(network, path, card=card)
+    trainings.save(network, path, card)
     return record
 
 
 def embed() -> None:
     """Put the network that travels with the package there, in half precision."""
-    path = weights_of(EMBEDDED, NETWORKS[EMBEDDED].seeds[0])
+    path = TRAININGS.weights(EMBEDDED, NETWORKS[EMBEDDED].seeds[0])
     network = fcn.load(path)
     card = network.card | {"script": "data_scripts/fcn_hippocampus.py embed"}
     fcn.save(network.half(), WEIGHTS, card=card)
     print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 2**20:.2f} MiB")
-
-
-def _parts(values: Sequence[float], count: int) -> list[Sequence[float]]:
-    size = max(1, len(values) // count)
-    return [values[k : k + size] for k in range(0, len(values), size)]
 
 
 def embedded_record() -> dict[str, Any]:
@@ -355,58 +292,12 @@ def embedded_record() -> dict[str, Any]:
     return {name: card[name] for name in names} | {"settings": card["training"]}
 
 
-def records() -> list[dict[str, Any]]:
-    """Of the trainings that are finished here."""
-    found: list[dict[str, Any]] = json.loads(TRAINING.read_text()) if TRAINING.exists() else []
-    return found
-
-
 def train_all(names: Sequence[str]) -> None:
-    """Train what is missing, one per core; results go into build/ network by network."""
-    runs = records()
-    done = {(r["network"], r["seed"]) for r in runs}
+    """Train what is missing."""
     wanted = [(name, seed) for seed in SEEDS for name in names if seed in NETWORKS[name].seeds]
-    tasks = [(*task, steps_of(task[0])) for task in wanted if task not in done]
-    workers = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=workers) as executor:
-        futures = [executor.submit(train, *task) for task in tasks]
-        for number, future in enumerate(as_completed(futures), 1):
-            record = future.result()
-            same = (record["network"], record["seed"])
-            runs = [r for r in runs if (r["network"], r["seed"]) != same] + [record]
-            write_json(TRAINING, runs)
-            print(
-                f"{number}/{len(tasks)}", *same, record["seconds"], record["dice"][-1], flush=True
-            )
-
-
-@functools.cache
-def trained(path: str) -> AnyNetwork:
-    """A network from its file."""
-    state, card = load_weights(path)
-    if card["method"] != "monai":
-        return fcn.load(path)
-    network = UNet()
-    network.load_state_dict(state)
-    network.card = card
-    return network.eval()
-
-
-def main() -> None:
-    """Do a job of the GPU queue."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--settings", type=Path, required=True, help="of the job")
-    parser.add_argument("--out", type=Path, required=True, help="its folder")
-    options = parser.parse_args()
-    job = json.loads(options.settings.read_text())
-    name, seed = job["network"], job["seed"]
-    path = options.out / weights_of(name, seed).name
-    record = train(name, seed, job["steps"], batch=job["batch"], path=path)
-    path.with_suffix(".checkpoint").unlink(missing_ok=True)
-    write_json(path.with_suffix(".json"), record)
+    tasks = [(*task, steps_of(task[0])) for task in wanted]
+    TRAININGS.train_missing(train, tasks, "dice")
 
 
 if __name__ == "__main__":
-    main()
+    TRAININGS.do_job(train, __doc__)

@@ -34,34 +34,22 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import itertools
 import math
-import os
 import statistics
-import tempfile
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import georeg_synthetic_networks as networks
 import peers
 import torch
-from benchmark_classical import (
-    CAP,
-    Case,
-    Workers,
-    known_or_stop,
-    make_environment,
-    measure_all,
-    run_reglib,
-    versions,
-)
+from benchmark_classical import CAP, Case, known_or_stop, register_all, run_reglib
 from benchmark_record import UNREGISTERED, Record, Row, compare, interval, key
 from brains import ixi_structures
-from georeg_synthetic_networks import CELLS, SEEDS, Cell, Pairs, load, pair_of, trained
+from georeg_synthetic_networks import CELLS, SEEDS, Cell, Pairs, load, pair_of
 from provenance import ROOT, provenance
 from torch import Tensor
+from trainings import configuration, trained, trained_or_stop
 
 from reglib.data.nifti import Image
 from reglib.geometry.grid import identity_grid
@@ -123,22 +111,14 @@ def configurations() -> dict[str, dict[str, Any]]:
     }
     for name, own in methods.items():
         found[name] = {"package": "reglib", "methods": own}
+    steps = networks.TRAININGS.steps()
     for name, seed in itertools.product(networks.NETWORKS, SEEDS):
-        path = networks.weights_of(name, seed)
-        found[f"{name}, seed {seed}"] = {
-            "package": "reglib",
-            "weights": str(path.relative_to(ROOT)),
-            "sha256": digest(path),
-            "training": networks.NETWORKS[name].as_json() | {"steps": networks.steps_of(name)},
-        }
+        training = networks.NETWORKS[name].as_json() | {"steps": steps[name]}
+        path = networks.TRAININGS.weights(name, seed)
+        found[f"{name}, seed {seed}"] = configuration(path, training=training)
     for name, own in CONTINUED.items():
         found[f"{name}, then velocity"] = found[f"{name}, seed {SEEDS[0]}"] | {"methods": own}
     return found
-
-
-def digest(path: Path) -> str | None:
-    """Of a file, if it is there: whoever trains again has another configuration."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
 
 
 def method_of(name: str) -> str:
@@ -345,6 +325,11 @@ def lines(cells: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     return found
 
 
+def table(content: dict[str, Any]) -> str:
+    """The summary for the terminal."""
+    return "\n".join([*lines(content["cells"]), *map(str, content["goals"])])
+
+
 # --- The table --------------------------------------------------------------------------------
 
 
@@ -353,55 +338,37 @@ def test(part: str, pairs: int | None, only: Sequence[str] | None, again: Sequen
     final = part == "test"
     if final and provenance()["uncommitted_changes"]:
         raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
-    everything = cases(part, pairs)
     all_of_them = configurations()
     known_or_stop(only or [], all_of_them)
     known_or_stop(again, [*all_of_them, UNREGISTERED])
     wanted = {name: all_of_them[name] for name in all_of_them if only is None or name in only}
-    untrained = [name for name, s in wanted.items() if "weights" in s and s["sha256"] is None]
-    if untrained:
-        raise SystemExit(f"not trained yet: {untrained}")
+    trained_or_stop(wanted)
     record = Record(WORK / f"{part}.json", part, RESULTS if final else None)
     record.forget(again)
-    tasks = {(*case[:3], name) for case in everything for name in [UNREGISTERED, *wanted]}
-    record.begin(wanted, tasks)
-    print(f"{len(tasks - record.done)} of {len(tasks)} registrations")
-    print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)
-    python = make_environment()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Workers(python, Path(folder), __file__, WORK, warm=artificial_pair()) as workers,
-    ):
-        measure_all(
-            record,
-            everything,
-            wanted,
-            workers.files,
-            workers.register,
-            load=functools.partial(load_pair, part=part),
-            measure=measure,
-        )
-    finish(record, everything, list(all_of_them if final else wanted), python)
+    register_all(
+        record,
+        cases(part, pairs),
+        all_of_them if final else wanted,
+        functools.partial(load_pair, part=part),
+        __file__,
+        WORK,
+        measure=measure,
+        warm=artificial_pair(),
+        only=list(wanted),
+        head=head(),
+        summary=summarise,
+        show=table,
+    )
 
 
-def finish(record: Record, everything: Sequence[Case], names: Sequence[str], python: Path) -> None:
-    """Sum up, and write the results if nothing is missing."""
-    the_pairs = [case[:3] for case in everything]
-    missing = {(*pair, name) for pair in the_pairs for name in names} - record.done
-    if missing:
-        print(f"{len(missing)} registrations are missing: no {RESULTS.name} is written")
-        return
-    head = {
+def head() -> dict[str, Any]:
+    """What the results begin with."""
+    return {
         "script": "data_scripts/georeg_synthetic.py",
         "protocol": PROTOCOL,
-        "versions": versions(python),
         "absent": ABSENT,
-        "training": networks.records(),
+        "training": networks.TRAININGS.records(),
     }
-    whole = record.finish(the_pairs, names, head, summary=summarise)
-    print(*lines(whole["cells"]), sep="\n")
-    for goal in whole["goals"]:
-        print(goal)
 
 
 def main() -> None:

@@ -7,25 +7,20 @@ and MONAI for VoxelMorph.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
-import multiprocessing
-import os
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import brains
 import numpy as np
-import timing
 import torch
-from provenance import ROOT, provenance, write_json
+import trainings
+from provenance import ROOT, provenance
 from torch import Tensor, nn
+from trainings import AnyNetwork, Stream, Trainings, UNet
 
 from reglib.geometry.affine import affine_field, affine_matrix, grid_centre
 from reglib.geometry.sampling import transform_grid, warp, warp_labels
@@ -34,15 +29,10 @@ from reglib.objectives.regularity import diffusion, total_variation
 from reglib.objectives.similarity import lncc, ncc
 from reglib.synth import brownian_field
 from reglib.training import fit
-from reglib.weights import load_weights, save_weights
 
 WORK = ROOT / "build" / "georeg_synthetic"
-TRAINING = WORK / "training.json"
-#: Steps of every network, and the measured seconds of a step that they come from.
-CALIBRATION = ROOT / "data_scripts" / "georeg_synthetic_steps.json"
+TRAININGS = Trainings(WORK, ROOT / "data_scripts" / "georeg_synthetic_steps.json")
 SEEDS = (0, 1, 2)
-#: Of the training of each network, on one thread.
-SECONDS = 900.0
 #: Between two looks at the tuning pairs, and how many of each cell are looked at.
 VALIDATE_EVERY, VALIDATED = 100, 3
 #: What the parts of the table are called in splits.json.
@@ -164,15 +154,12 @@ def deformed(images: Tensor, cells: Sequence[Cell], generator: torch.Generator) 
     return Pairs(images, (fixed + NOISE * noise).clamp(0, 1), field, mask)
 
 
-class DeformedPairs:
-    """An endless stream of images and themselves deformed, all cells equally often.
-
-    It says where it is and can be put there again, for a training that is resumed.
-    """
+class DeformedPairs(Stream):
+    """An endless stream of images and themselves deformed, all cells equally often."""
 
     def __init__(self, images: Tensor, batch: int, seed: int) -> None:
+        super().__init__(seed, images.device)
         self.images, self.batch = images, batch
-        self.generator = torch.Generator(images.device).manual_seed(seed)
 
     def _draw(self, count: int) -> Tensor:
         size, device = (self.batch,), self.images.device
@@ -185,14 +172,6 @@ class DeformedPairs:
             cells = [CELLS[n] for n in self._draw(len(CELLS)).tolist()]
             pairs = deformed(images, cells, self.generator)
             yield pairs.moving, pairs.fixed
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state of the generator."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from there."""
-        self.generator.set_state(state["generator"].cpu())
 
 
 # --- Images -----------------------------------------------------------------------------------
@@ -253,35 +232,6 @@ def endpoint_error(field: Tensor, pairs: Pairs) -> Tensor:
 # --- Networks ---------------------------------------------------------------------------------
 
 
-class UNet(nn.Module):
-    """MONAI's VoxelMorph with the channels of its documentation, which starts near the identity.
-
-    Args:
-        dimensions: 2 or 3 spatial axes.
-        integration: of the velocity, squarings; 0 makes its output the displacement.
-    """
-
-    def __init__(self, dimensions: int, integration: int) -> None:
-        super().__init__()
-        from monai.networks.nets import VoxelMorph
-
-        self.voxelmorph = VoxelMorph(spatial_dims=dimensions, integration_steps=integration)
-        *_, last = (m for m in self.voxelmorph.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
-        nn.init.normal_(last.weight, std=1e-5)
-        assert last.bias is not None
-        nn.init.zeros_(last.bias)
-        self.settings = {"dimensions": dimensions, "integration": integration}
-        self.card: dict[str, Any] = {}
-
-    def forward(self, moving: Tensor, fixed: Tensor) -> fcn.Output:
-        """The field, as the only level of an output that the objective of FCN understands."""
-        field = self.voxelmorph(moving, fixed)[1]
-        return fcn.Output(field, (fcn.Level(1, field),))
-
-
-AnyNetwork = georeg.GeoReg | fcn.FCN | fcn.ComposedFCN | UNet
-
-
 class Recipe(NamedTuple):
     """How a network is made and trained; every value is JSON but the functions."""
 
@@ -297,7 +247,7 @@ class Recipe(NamedTuple):
         if self.kind == "georeg":
             return georeg.GeoReg(**own)
         if self.kind == "voxelmorph":
-            return UNet(**own)
+            return UNet(**own, near_identity=True)
         if self.kind == "composed fcn":
             return fcn.ComposedFCN(fcn.ComposedSettings(**own))
         return fcn.FCN(fcn.Settings(**own))
@@ -309,8 +259,7 @@ class Recipe(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """The recipe without functions."""
-        named = {k: getattr(v, "__name__", v) for k, v in self.objective.items()}
-        return self._asdict() | {"objective": named}
+        return self._asdict() | {"objective": trainings.named(self.objective)}
 
 
 #: Levels of 80 x 96 to 5 x 6 nodes. A point of the coarsest sees 40 pixels each way, and moves
@@ -357,40 +306,11 @@ NETWORKS: dict[str, Recipe] = {
 DIFFEOMORPHIC = ("VoxelMorph", "FCN, composed")
 
 
-def weights_of(name: str, seed: int) -> Path:
-    """Where a trained network lies."""
-    return WORK / f"{name.lower().replace(', ', '_').replace(' ', '_')}_{seed}.safetensors"
-
-
-def save(network: AnyNetwork, path: Path, card: Mapping[str, Any]) -> None:
-    """Write weights and settings as one file."""
-    if isinstance(network, UNet):
-        save_weights(network, path, {**card, "method": "monai", "settings": network.settings})
-    else:
-        (georeg if isinstance(network, georeg.GeoReg) else fcn).save(network, path, card=card)
-
-
-@functools.cache
-def trained(path: str) -> AnyNetwork:
-    """A network from its file, in evaluation mode."""
-    state, card = load_weights(path)
-    if card["method"] == "georeg":
-        return georeg.load(path)
-    if card["method"] != "monai":
-        return fcn.load(path)
-    network = UNet(**card["settings"])
-    network.load_state_dict(state)
-    network.card = card
-    return network.eval()
-
-
 # --- Training ---------------------------------------------------------------------------------
 
 
 def calibrate() -> None:
-    """Measure a step of every network, all in turn, and write how many ``SECONDS`` allow."""
-    torch.set_num_threads(1)
-    begin, before = time.perf_counter(), timing.load()
+    """Measure a step of every network and write how many the time allows."""
     images = load("training").images
 
     def step_of(recipe: Recipe) -> Callable[[], object]:
@@ -398,20 +318,7 @@ def calibrate() -> None:
         pairs = DeformedPairs(images, recipe.batch, 0)
         return lambda: fit(network, pairs, loss, steps=1, lr=recipe.lr, progress=False)
 
-    calls = {name: step_of(recipe) for name, recipe in NETWORKS.items()}
-    found = timing.in_turn(calls, repeats=5)
-    steps = {name: int(float(f"{SECONDS / seconds:.2g}")) for name, seconds in found.items()}
-    run = timing.run_of("cpu", begin, before, step_seconds=found)
-    write_json(CALIBRATION, {"limit_seconds": SECONDS, "steps": steps, "measured": run})
-    print(json.dumps(steps, indent=1))
-
-
-@functools.cache
-def steps_of(name: str) -> int:
-    """Of a network's training in the plane."""
-    if not CALIBRATION.is_file():
-        raise SystemExit(f"{CALIBRATION.name} is missing: run the command calibrate first")
-    return int(json.loads(CALIBRATION.read_text())["steps"][name])
+    TRAININGS.calibrate({name: step_of(recipe) for name, recipe in NETWORKS.items()})
 
 
 @torch.no_grad()
@@ -446,12 +353,8 @@ def train(
     Returns:
         What is known about the training, JSON.
     """
-    recipe, path = NETWORKS[name], path or weights_of(name, seed)
-    recipe = recipe._replace(batch=batch or recipe.batch)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(1)
-    torch.manual_seed(seed)
+    recipe, path = NETWORKS[name], path or TRAININGS.weights(name, seed)
+    recipe, device = recipe._replace(batch=batch or recipe.batch), trainings.begin(seed)
     network = recipe.network(dimensions).to(device)
     images = load("training", dimensions).images.to(device)
     watched = Pairs(*(x.to(device) for x in tuning_pairs(VALIDATED, dimensions)))
@@ -476,7 +379,7 @@ def train(
         "tuning_every": VALIDATE_EVERY,
         "tuning_error": [round(x, 4) for x in history["validation"] if not math.isnan(x)],
         "tuning_error_before": round(float(still), 4),
-        "loss": [round(statistics.fmean(part), 5) for part in parts(history["loss"], 100)],
+        "loss": trainings.curve(history["loss"]),
         "provenance": provenance(),
     }
     multiple = {"georeg": 2 ** (len(GEOREG["channels"]) - 1)}.get(recipe.kind, 16)
@@ -485,61 +388,16 @@ def train(
         "trained_on": "IXI, 100 brains at 2 mm (splits.json), deformed at random",
         "licence": "weights: Apache-2.0; data: CC BY-SA 3.0 (IXI)",
     }
-    save(network.cpu(), path, card)
+    trainings.save(network.cpu(), path, card)
     return record
 
 
-def parts(values: Sequence[float], count: int) -> list[Sequence[float]]:
-    """About so many parts of equal size, or one for each value."""
-    size = max(1, len(values) // count)
-    return [values[k : k + size] for k in range(0, len(values), size)]
-
-
-def records() -> list[dict[str, Any]]:
-    """Of the trainings that are finished here."""
-    found: list[dict[str, Any]] = json.loads(TRAINING.read_text()) if TRAINING.exists() else []
-    return found
-
-
 def train_all(names: Sequence[str]) -> None:
-    """Train what is missing, one per core; results go into build/ network by network."""
-    runs = records()
-    done = {(run["network"], run["seed"]) for run in runs}
-    wanted = [(name, seed) for seed in SEEDS for name in names]
-    tasks = [(*task, steps_of(task[0])) for task in wanted if task not in done]
-    workers = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=workers) as executor:
-        futures = [executor.submit(train, *task) for task in tasks]
-        for number, future in enumerate(as_completed(futures), 1):
-            record = future.result()
-            same = (record["network"], record["seed"])
-            runs = [run for run in runs if (run["network"], run["seed"]) != same] + [record]
-            write_json(TRAINING, runs)
-            error = record["tuning_error"][-1]
-            print(f"{number}/{len(tasks)}", *same, record["seconds"], error, flush=True)
-
-
-def main() -> None:
-    """Do a job of the GPU queue."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--settings", type=Path, required=True, help="of the job")
-    parser.add_argument("--out", type=Path, required=True, help="its folder")
-    options = parser.parse_args()
-    job = json.loads(options.settings.read_text())
-    path = options.out / weights_of(job["network"], job["seed"]).name
-    record = train(
-        job["network"],
-        job["seed"],
-        job["steps"],
-        batch=job["batch"],
-        dimensions=job["dimensions"],
-        path=path,
-    )
-    path.with_suffix(".checkpoint").unlink(missing_ok=True)
-    write_json(path.with_suffix(".json"), record)
+    """Train what is missing."""
+    steps = TRAININGS.steps()
+    tasks = [(name, seed, steps[name]) for seed in SEEDS for name in names]
+    TRAININGS.train_missing(train, tasks, "tuning_error")
 
 
 if __name__ == "__main__":
-    main()
+    TRAININGS.do_job(train, __doc__)

@@ -37,6 +37,7 @@ import torch
 from brains import ROOT, Brains, ixi_structures, load
 from provenance import provenance, write_json
 from torch import Tensor, nn
+from trainings import Stream
 
 from reglib.data.files import write_bytes
 from reglib.geometry.fields import upsample_field
@@ -113,15 +114,15 @@ def runs_of(size: dict[str, Any]) -> list[Run]:
 # --- Pairs ----------------------------------------------------------------------------------
 
 
-class BrainPairs:
+class BrainPairs(Stream):
     """An endless stream of the atlas and a random subject; with ``flip`` each axis at random.
 
-    Without an atlas, two random subjects. It can be stopped and gone on with.
+    Without an atlas, two random subjects.
     """
 
     def __init__(self, fixed: Tensor, atlas: Tensor | None, seed: int, *, flip: bool) -> None:
+        super().__init__(seed)
         self.fixed, self.atlas, self.flip = fixed, atlas, flip
-        self.generator = _generator(seed)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
@@ -131,14 +132,6 @@ class BrainPairs:
             fixed = self.fixed[two[:1]]
             moving = self.fixed[two[1:]] if self.atlas is None else self.atlas
             yield moving.flip(axes), fixed.flip(axes)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Where the stream is."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from there."""
-        self.generator.set_state(state["generator"].cpu())
 
 
 @functools.cache

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -44,6 +43,7 @@ from brains import Brains, ixi_structures, load, load_malf
 from provenance import ROOT, provenance, write_json
 from scipy.stats import wilcoxon
 from torch import Tensor, nn
+from trainings import configuration, trained_or_stop
 
 from reglib.data.nifti import Image
 from reglib.geometry.fields import upsample_field
@@ -191,9 +191,7 @@ def configurations(size: str, weights: Path, goes_on: Sequence[str]) -> dict[str
     found = {one: every[one] for one in (*PEERS, *OWN)}
     for network, run in NETWORKS.items():
         path = weights / f"{run}.safetensors"
-        own: dict[str, Any] = {"package": "reglib", "size": size}
-        own |= {"weights": os.path.relpath(path, ROOT), "sha256": digest(path)}
-        found[network] = own
+        found[network] = own = configuration(path, size=size)
         for words in goes_on:
             found[f"{network}, then {words}"] = own | {"methods": CONTINUATIONS[words]}
     for words in goes_on:
@@ -202,11 +200,6 @@ def configurations(size: str, weights: Path, goes_on: Sequence[str]) -> dict[str
             methods = {"package": "reglib", "methods": CONTINUATIONS[words]}
             found[f"reglib {words}, no network"] = methods
     return found
-
-
-def digest(path: Path) -> str | None:
-    """Of a file, if it is there: whoever trains again has another configuration."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
 
 
 def methods_of(settings: dict[str, Any]) -> list[Any]:
@@ -367,9 +360,7 @@ def compare_all(options: argparse.Namespace) -> None:
     goes_on = list(CONTINUATIONS) if options.candidates else [CHOSEN]
     all_of_them = configurations(options.size, weights, goes_on)
     wanted = {n: s for n, s in all_of_them.items() if n in (options.only or all_of_them)}
-    untrained = [n for n, s in wanted.items() if "weights" in s and s["sha256"] is None]
-    if untrained:
-        raise SystemExit(f"not trained yet: {untrained}")
+    trained_or_stop(wanted)
     sets = SETS if final else SETS[:1]
     python, wholes = benchmark_classical.make_environment(), {}
     print(f"load of this machine now: {os.getloadavg()[0]:.1f} (wanted: near 0)", flush=True)

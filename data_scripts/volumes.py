@@ -11,17 +11,15 @@ import dataclasses
 import functools
 import math
 import statistics
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import benchmark_classical
 import peers
 import torch
-from benchmark_classical import Workers, measure_all, regularity, versions
-from benchmark_record import DRAWS, UNREGISTERED, Record, Row, compare, interval, key
+from benchmark_classical import regularity
+from benchmark_record import DRAWS, UNREGISTERED, Row, compare, interval, key
 from inr_zurich import settings_of
 from torch import Tensor
 
@@ -197,57 +195,10 @@ def displacement_error(case: Loaded, u: Tensor) -> dict[str, float]:
 # --- The run --------------------------------------------------------------------------------
 
 
-def register_all(
-    record: Record,
-    everything: Sequence[Case],
-    configurations: dict[str, dict[str, Any]],
-    load: Callable[[Case], Loaded],
-    script: str,
-    work: Path,
-    *,
-    measure: Callable[[Loaded, Tensor], dict[str, Any]] = measure,
-    summary: Callable[[Sequence[Row], Collection[str]], dict[str, Any]] | None = None,
-    head: dict[str, Any] | None = None,
-    only: Collection[str] | None = None,
-) -> dict[str, Any] | None:
-    """Measure what ``record`` does not hold, and print the table of it.
-
-    Args:
-        record: keeps every row at once.
-        everything: the pairs.
-        configurations: settings by name.
-        load: reads a case.
-        script: serves ours when it is called with ``--serve``.
-        work: where the processes write their logs.
-        measure: what is to be known about a transform.
-        summary: :func:`summarise` if ``None``.
-        head: what the results begin with.
-        only: run these configurations; ``None`` for all.
-
-    Returns:
-        The whole with its summary, or ``None`` if something is missing in the end.
-    """
-    wanted = {n: s for n, s in configurations.items() if only is None or n in only}
-    pairs = [case[:3] for case in everything]
-    record.begin(wanted, {(*pair, name) for pair in pairs for name in [UNREGISTERED, *wanted]})
-    python = benchmark_classical.make_environment()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Workers(python, Path(folder), script, work) as workers,
-    ):
-        measure_all(
-            record, everything, wanted, workers.files, workers.register, load=load, measure=measure
-        )
-    every = {(*pair, name) for pair in pairs for name in [UNREGISTERED, *configurations]}
-    missing = every - record.done
-    if missing:
-        print(f"{len(missing)} registrations are missing: no results are written")
-        print(table((summary or summarise)(record.rows, ())))
-        return None
-    head = (head or {}) | {"versions": versions(python)}
-    found = record.finish(pairs, list(configurations), head, summary=summary or summarise)
-    print(table(found))
-    return found
+def register_all(*arguments: Any, **options: Any) -> dict[str, Any] | None:
+    """:func:`benchmark_classical.register_all` with the measures and tables of this module."""
+    own = {"measure": measure, "summary": summarise, "show": table}
+    return benchmark_classical.register_all(*arguments, **(own | options))
 
 
 # --- The tables -----------------------------------------------------------------------------

@@ -36,12 +36,13 @@ SHAPE = (16, 24, 16)
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """An empty folder for what the script writes, and nothing that was read before."""
-    files = {"PACKED": "boxes.npz", "TRAINING": "training.json", "CALIBRATION": "steps.json"}
-    files |= {"WEIGHTS": "embedded.safetensors", "WORK": "."}
+    files = {"PACKED": "boxes.npz", "WEIGHTS": "embedded.safetensors", "WORK": "."}
     for name, file in files.items():
         monkeypatch.setattr(networks, name, tmp_path / file)
+    own = networks.Trainings(tmp_path, tmp_path / "steps.json")
+    monkeypatch.setattr(networks, "TRAININGS", own)
     monkeypatch.setattr(script, "WORK", tmp_path)
-    functions = (networks.load, networks.trained, networks.steps_of)
+    functions = (networks.load, script.trained)
     for function in functions:
         function.cache_clear()
     yield tmp_path
@@ -78,7 +79,7 @@ def boxes(work, monkeypatch):
 def calibrated():
     """A calibration of seven steps for everyone."""
     each = [name for name, recipe in networks.NETWORKS.items() if recipe.longer == 1]
-    networks.CALIBRATION.write_text(json.dumps({"steps": dict.fromkeys(each, 7)}))
+    networks.TRAININGS.calibration.write_text(json.dumps({"steps": dict.fromkeys(each, 7)}))
 
 
 # --- Data -----------------------------------------------------------------------------------
@@ -155,7 +156,6 @@ def test_the_measures_of_a_known_shift():
 
 def test_every_configuration_is_json_and_names_what_exists(work, monkeypatch):
     calibrated()
-    monkeypatch.setattr(script, "ROOT", work)  # weights are named relative to it
     found = script.configurations()
     assert json.loads(json.dumps(found)) == found
     for name, recipe in networks.NETWORKS.items():
@@ -196,11 +196,14 @@ def small_networks():
 def test_a_calibration_says_how_many_steps_the_limit_allows(boxes, monkeypatch):
     monkeypatch.setattr(networks, "NETWORKS", small_networks())
     networks.calibrate()
-    written = json.loads(networks.CALIBRATION.read_text())
-    assert written["limit_seconds"] == networks.SECONDS
+    written = json.loads(networks.TRAININGS.calibration.read_text())
+    limit = networks.TRAININGS.seconds
+    assert written["limit_seconds"] == limit
     for name, seconds in written["measured"]["step_seconds"].items():
         # Two digits of the quotient are kept.
-        assert written["steps"][name] == pytest.approx(networks.SECONDS / seconds, rel=0.06)
+        assert written["steps"][name] == pytest.approx(
+            networks.TRAININGS.seconds / seconds, rel=0.06
+        )
         assert networks.steps_of(name) == written["steps"][name]
     assert networks.steps_of(networks.EMBEDDED) == 2 * written["steps"]["FCN, composed"]
 
@@ -212,7 +215,7 @@ def test_a_trained_network_comes_back_from_its_file_and_registers(boxes, monkeyp
     assert record["settings"]["steps"] == 2
     assert len(record["loss"]) == 2
     assert set(record["ncc"]) == {"train", "validation"}
-    path = networks.weights_of(name, 0)
+    path = networks.TRAININGS.weights(name, 0)
     network = script.trained(str(path))
     assert network.card["loss"]["similarity"] == ("ncc" if name == "FCN" else "lncc")
     assert network.card["input"]["quantile"] == 0.99
@@ -235,10 +238,10 @@ def test_the_embedded_network_is_the_trained_one_in_half_precision(boxes, monkey
     record = networks.train(networks.EMBEDDED, 0, 2)
     networks.embed()
     assert networks.registering(networks.EMBEDDED, 0) == networks.WEIGHTS
-    assert networks.registering("FCN", 0) == networks.weights_of("FCN", 0)
+    assert networks.registering("FCN", 0) == networks.TRAININGS.weights("FCN", 0)
     told = networks.embedded_record()
     assert told == {name: record[name] for name in told}
-    trained = script.trained(str(networks.weights_of(networks.EMBEDDED, 0)))
+    trained = script.trained(str(networks.TRAININGS.weights(networks.EMBEDDED, 0)))
     embedded = fcn.load(networks.WEIGHTS)
     for name, value in trained.state_dict().items():
         assert torch.equal(embedded.state_dict()[name], value.half().float())
@@ -249,7 +252,6 @@ def test_the_embedded_network_is_the_trained_one_in_half_precision(boxes, monkey
 
 def test_no_test_pairs_without_everything_trained(boxes, monkeypatch):
     calibrated()
-    monkeypatch.setattr(script, "ROOT", script.WORK)
     with pytest.raises(SystemExit, match="not trained yet"):
         script.test("validation", None, None)
     assert not (script.WORK / "validation.json").exists()
@@ -264,7 +266,7 @@ def test_a_job_for_a_gpu_leaves_weights_and_a_record(boxes, monkeypatch, tmp_pat
     out.mkdir()
     arguments = ["--settings", str(tmp_path / "settings.json"), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["fcn_networks.py", *arguments])
-    networks.main()
+    networks.TRAININGS.do_job(networks.train, None)
     assert sorted(path.name for path in out.iterdir()) == ["fcn_0.json", "fcn_0.safetensors"]
     record = json.loads((out / "fcn_0.json").read_text())
     assert record["settings"]["batch"] == 3

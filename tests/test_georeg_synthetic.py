@@ -63,11 +63,10 @@ def ellipses(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """An empty folder for what the scripts write, and nothing that was read before."""
-    for name, file in {"TRAINING": "training.json", "CALIBRATION": "steps.json"}.items():
-        monkeypatch.setattr(networks, name, tmp_path / file)
-    monkeypatch.setattr(networks, "WORK", tmp_path)
+    own = networks.Trainings(tmp_path, tmp_path / "steps.json")
+    monkeypatch.setattr(networks, "TRAININGS", own)
     monkeypatch.setattr(script, "WORK", tmp_path)
-    functions = (networks.load, networks.trained, networks.steps_of)
+    functions = (networks.load, script.trained)
     for function in functions:
         function.cache_clear()
     yield tmp_path
@@ -382,7 +381,7 @@ def small(packed, monkeypatch):
     monkeypatch.setattr(networks, "NETWORKS", small_networks())
     monkeypatch.setattr(networks, "VALIDATED", 1)
     steps = {"steps": dict.fromkeys(networks.NETWORKS, 3)}
-    networks.CALIBRATION.write_text(json.dumps(steps))
+    networks.TRAININGS.calibration.write_text(json.dumps(steps))
 
 
 def test_recipes_make_networks_that_start_near_the_identity_and_have_a_finite_loss():
@@ -404,16 +403,19 @@ def test_recipes_make_networks_that_start_near_the_identity_and_have_a_finite_lo
 
 
 def test_a_calibration_says_how_many_steps_the_limit_allows(small):
-    networks.CALIBRATION.unlink()
+    networks.TRAININGS.calibration.unlink()
     with pytest.raises(SystemExit, match="calibrate"):
-        networks.steps_of("GeoReg")
+        networks.TRAININGS.steps()
     networks.calibrate()
-    written = json.loads(networks.CALIBRATION.read_text())
-    assert written["limit_seconds"] == networks.SECONDS
+    written = json.loads(networks.TRAININGS.calibration.read_text())
+    limit = networks.TRAININGS.seconds
+    assert written["limit_seconds"] == limit
     for name, seconds in written["measured"]["step_seconds"].items():
         # Two digits of the quotient are kept.
-        assert written["steps"][name] == pytest.approx(networks.SECONDS / seconds, rel=0.06)
-        assert networks.steps_of(name) == written["steps"][name]
+        assert written["steps"][name] == pytest.approx(
+            networks.TRAININGS.seconds / seconds, rel=0.06
+        )
+        assert networks.TRAININGS.steps()[name] == written["steps"][name]
 
 
 @pytest.mark.parametrize("name", list(networks.NETWORKS))
@@ -421,8 +423,8 @@ def test_a_trained_network_comes_back_from_its_file_and_registers(small, name):
     record = networks.train(name, 0, 2)
     assert record["training"]["steps"] == len(record["loss"]) == 2
     assert len(record["tuning_error"]) == 1
-    path = networks.weights_of(name, 0)
-    network = networks.trained(str(path))
+    path = networks.TRAININGS.weights(name, 0)
+    network = script.trained(str(path))
     assert network.card["seed"] == 0
     assert network.card["training"] == record["training"]
     pair = script.load_pair(script.cases("test")[-1], "test")
@@ -488,7 +490,7 @@ def test_a_job_for_a_gpu_leaves_weights_and_a_record(small, monkeypatch, tmp_pat
     out.mkdir()
     arguments = ["--settings", str(tmp_path / "settings.json"), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["georeg_synthetic_networks.py", *arguments])
-    networks.main()
+    networks.TRAININGS.do_job(networks.train, None)
     assert sorted(path.name for path in out.iterdir()) == ["georeg_0.json", "georeg_0.safetensors"]
     record = json.loads((out / "georeg_0.json").read_text())
     assert record["training"]["batch"] == 1
@@ -500,7 +502,6 @@ def test_a_job_for_a_gpu_leaves_weights_and_a_record(small, monkeypatch, tmp_pat
 
 
 def test_every_configuration_is_json_and_names_what_exists(small, work, monkeypatch):
-    monkeypatch.setattr(script, "ROOT", work)  # weights are named relative to it
     found = script.configurations()
     assert json.loads(json.dumps(found)) == found
     assert {own["package"] for own in found.values()} == {"antspyx", "SimpleITK", "reglib"}
@@ -523,7 +524,6 @@ def test_every_configuration_is_json_and_names_what_exists(small, work, monkeypa
 
 
 def test_no_pairs_without_everything_trained_and_none_of_unknown_names(small, work, monkeypatch):
-    monkeypatch.setattr(script, "ROOT", work)
     with pytest.raises(SystemExit, match="not trained yet"):
         script.test("tuning", 1, None, [])
     for given in ((["nobody"], []), (None, ["nobody"])):
@@ -562,7 +562,13 @@ def test_demons_alone_find_a_small_shift(tmp_path):
     assert float(after) < 0.5 * float((moving - fixed)[..., 6:-6, 6:-6].abs().mean())
 
 
-def test_a_run_is_resumed_and_summed_up(tmp_path, monkeypatch):
+def sum_up(record, everything, names):
+    """As the script does."""
+    options = {"head": script.head(), "summary": script.summarise, "show": script.table}
+    benchmark.sum_up(record, everything, names, Path(sys.executable), **options)
+
+
+def test_a_run_is_resumed_and_summed_up(work, tmp_path, monkeypatch):
     """One finds the truth, one is broken: it counts as unregistered."""
     pair = known(2)
     everything = [benchmark.Case("translation 2", name, name, n) for n, name in enumerate("ab")]
@@ -582,13 +588,12 @@ def test_a_run_is_resumed_and_summed_up(tmp_path, monkeypatch):
         record = records.Record(tmp_path / "rows.json", "test", tmp_path / "whole.json")
         tasks = {(*c[:3], name) for c in everything for name in (records.UNREGISTERED, *wanted)}
         record.begin(wanted, tasks)
-        script.measure_all(
+        benchmark.measure_all(
             record, everything, wanted, files, run, load=lambda case: pair, measure=script.measure
         )
     assert asked == list(wanted) * 2
-    monkeypatch.setattr(script, "versions", lambda python: {})
-    monkeypatch.setattr(networks, "TRAINING", tmp_path / "none.json")
-    script.finish(record, everything, list(wanted), tmp_path / "python")
+    monkeypatch.setattr(benchmark, "versions", lambda python: {})
+    sum_up(record, everything, list(wanted))
     whole = json.loads((tmp_path / "whole.json").read_text())
     table = whole["cells"]["translation 2"]
     assert table["GeoReg"]["endpoint_error"] == 0
@@ -603,10 +608,10 @@ def test_a_run_is_resumed_and_summed_up(tmp_path, monkeypatch):
     assert set(script.ABSENT) == set(whole["absent"])
 
 
-def test_nothing_is_written_while_a_row_is_missing(tmp_path, monkeypatch, capsys):
+def test_nothing_is_written_while_a_row_is_missing(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "RESULTS", tmp_path / "georeg_synthetic.json")
     record = records.Record(tmp_path / "rows.json", "test", script.RESULTS)
-    script.finish(record, [benchmark.Case("all 1", "a", "a", 0)], ["GeoReg, seed 0"], tmp_path)
+    sum_up(record, [benchmark.Case("all 1", "a", "a", 0)], ["GeoReg, seed 0"])
     assert "1 registrations are missing" in capsys.readouterr().out
     assert not script.RESULTS.exists()
 

@@ -364,7 +364,7 @@ def run(tmp_path, monkeypatch, pair):
     )
 
     class Fake:
-        def __init__(self, python, folder, file, logs):
+        def __init__(self, python, folder, file, logs, *, warm):
             self.files = {part: folder / f"{part}.nii" for part in ("moving", "fixed", "field")}
 
         def __enter__(self):
@@ -382,8 +382,8 @@ def run(tmp_path, monkeypatch, pair):
             write_field(self.files["field"], pair.truth / 2, PLACE.affine)
             return {"seconds": 0.5, "cpu_seconds": 0.5}
 
-    monkeypatch.setattr(volumes, "Workers", Fake)
-    monkeypatch.setattr(volumes, "versions", lambda python: {})
+    monkeypatch.setattr(benchmark, "Workers", Fake)
+    monkeypatch.setattr(benchmark, "versions", lambda python: {})
     monkeypatch.setattr(benchmark, "make_environment", lambda: Path(sys.executable))
     everything = [
         script.Case("deformed", "a t2", "a t1", 0),

@@ -196,7 +196,7 @@ import sys, numpy, safetensors.torch, torch
 known = {{name.split(".")[0] for name in sys.modules}} | set(sys.stdlib_module_names)
 known |= {{"torchgen", "functorch", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "triton"}}
 known |= {{"reglib", "pretraining", "brains", "timing", "provenance", "fcn_networks"}}
-known |= {{"georeg_synthetic_networks"}}
+known |= {{"georeg_synthetic_networks", "trainings"}}
 
 class Nothing:
     def find_spec(self, name, path=None, target=None):

@@ -1,0 +1,256 @@
+"""What tables of trained networks share: steps that fit into a time, trainings and their records.
+
+A script has :class:`Trainings` of its own and a function that trains one network. Nothing but
+torch, numpy, safetensors and the library is imported, as machines that only train have no more;
+MONAI only for its own network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timing
+import torch
+from provenance import ROOT, write_json
+from torch import Tensor, nn
+
+from reglib.methods import fcn, georeg
+from reglib.weights import load_weights, save_weights
+
+#: Trains a network, given its name, seed and steps and, by keyword, ``path`` and what else a job
+#: says; it writes the weights to ``path`` (None: to their own place) and returns a record, JSON,
+#: with ``network``, ``seed`` and ``seconds``.
+Train = Callable[..., dict[str, Any]]
+
+
+# --- Streams of pairs -----------------------------------------------------------------------
+
+
+class Stream:
+    """What draws at random without end, says where it is, and can be put there again.
+
+    So a training that is resumed sees what it would have seen.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the generator."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+        self.generator.set_state(state["generator"].cpu())
+
+
+# --- Networks -------------------------------------------------------------------------------
+
+
+class UNet(nn.Module):
+    """MONAI's VoxelMorph with the channels of its documentation.
+
+    Args:
+        dimensions: 2 or 3 spatial axes.
+        integration: of the velocity at half resolution, squarings; 0 makes its output the
+            displacement.
+        near_identity: start with a field near 0; False leaves MONAI's first weights.
+    """
+
+    def __init__(
+        self, dimensions: int = 3, integration: int = 7, *, near_identity: bool = False
+    ) -> None:
+        super().__init__()
+        from monai.networks.nets import VoxelMorph
+
+        self.voxelmorph = VoxelMorph(spatial_dims=dimensions, integration_steps=integration)
+        if near_identity:
+            *_, last = (
+                m for m in self.voxelmorph.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)
+            )
+            nn.init.normal_(last.weight, std=1e-5)
+            assert last.bias is not None
+            nn.init.zeros_(last.bias)
+        self.settings = {"dimensions": dimensions, "integration": integration}
+        self.card: dict[str, Any] = {
+            "input": {"channels": 1, "range": [0.0, 1.0], "size_multiple": 16}
+        }
+
+    def forward(self, moving: Tensor, fixed: Tensor) -> fcn.Output:
+        """The field, as the only level of an output that the objective of FCN understands."""
+        field = self.voxelmorph(moving, fixed)[1]
+        return fcn.Output(field, (fcn.Level(1, field),))
+
+
+AnyNetwork = georeg.GeoReg | fcn.FCN | fcn.ComposedFCN | UNet
+
+
+def save(network: AnyNetwork, path: Path, card: Mapping[str, Any]) -> None:
+    """Write weights and settings as one file, with what else the card says."""
+    if isinstance(network, UNet):
+        own = {"method": "monai", "settings": network.settings}
+        save_weights(network, path, network.card | dict(card) | own)
+    else:
+        (georeg if isinstance(network, georeg.GeoReg) else fcn).save(network, path, card=card)
+
+
+@functools.cache
+def trained(path: str) -> AnyNetwork:
+    """A network from its file, in evaluation mode."""
+    state, card = load_weights(path)
+    if card["method"] == "georeg":
+        return georeg.load(path)
+    if card["method"] != "monai":
+        return fcn.load(path)
+    network = UNet(**card["settings"])
+    network.load_state_dict(state)
+    network.card = card
+    return network.eval()
+
+
+# --- Trainings ------------------------------------------------------------------------------
+
+
+def named(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """An objective's settings as JSON: functions by their names."""
+    return {key: getattr(value, "__name__", value) for key, value in objective.items()}
+
+
+def begin(seed: int) -> str:
+    """Seed the first weights and say where to train: on a GPU, else on one thread."""
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        return "cuda"
+    torch.set_num_threads(1)
+    return "cpu"
+
+
+def curve(losses: Sequence[float], count: int = 100) -> list[float]:
+    """The losses of all steps as at least so many means of equal parts, or one for each step."""
+    size = max(1, len(losses) // count)
+    parts = (losses[k : k + size] for k in range(0, len(losses), size))
+    return [round(statistics.fmean(part), 5) for part in parts]
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """The trained networks of a table, each with several seeds.
+
+    Args:
+        folder: of weights, checkpoints and ``training.json``.
+        calibration: steps of every network, and the measured seconds of a step that they come from.
+        seconds: of the training of each network, on one thread.
+    """
+
+    folder: Path
+    calibration: Path
+    seconds: float = 900.0
+
+    @property
+    def log(self) -> Path:
+        """The records of the trainings."""
+        return self.folder / "training.json"
+
+    def weights(self, name: str, seed: int) -> Path:
+        """Where a trained network lies."""
+        return (
+            self.folder / f"{name.lower().replace(', ', '_').replace(' ', '_')}_{seed}.safetensors"
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of the trainings that are finished here."""
+        found: list[dict[str, Any]] = json.loads(self.log.read_text()) if self.log.exists() else []
+        return found
+
+    def calibrate(self, steps: Mapping[str, Callable[[], object]]) -> None:
+        """Measure a step of every network, all in turn, and write how many ``seconds`` allow."""
+        torch.set_num_threads(1)
+        begin, before = time.perf_counter(), timing.load()
+        found = timing.in_turn(steps, repeats=5)
+        # Two digits.
+        allowed = {name: int(float(f"{self.seconds / one:.2g}")) for name, one in found.items()}
+        run = timing.run_of("cpu", begin, before, step_seconds=found)
+        content = {"limit_seconds": self.seconds, "steps": allowed, "measured": run}
+        write_json(self.calibration, content)
+        print(json.dumps(allowed, indent=1))
+
+    def steps(self) -> dict[str, int]:
+        """Of the training of every network that was calibrated."""
+        if not self.calibration.is_file():
+            raise SystemExit(f"{self.calibration.name} is missing: run the command calibrate first")
+        found: dict[str, int] = json.loads(self.calibration.read_text())["steps"]
+        return found
+
+    def train_missing(
+        self, train: Train, tasks: Sequence[tuple[str, int, int]], quality: str
+    ) -> None:
+        """Train what is missing, one per core; results go into ``folder`` network by network.
+
+        Args:
+            train: trains one network in a process of its own.
+            tasks: name, seed and steps of all that there should be.
+            quality: the entry of a record whose last value is shown.
+        """
+        runs = self.records()
+        done = {(run["network"], run["seed"]) for run in runs}
+        missing = [task for task in tasks if task[:2] not in done]
+        workers = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=workers) as executor:
+            futures = [executor.submit(train, *task) for task in missing]
+            for number, future in enumerate(as_completed(futures), 1):
+                record = future.result()
+                runs.append(record)
+                write_json(self.log, runs)
+                words = record["network"], record["seed"], record["seconds"], record[quality][-1]
+                print(f"{number}/{len(missing)}", *words, flush=True)
+
+    def do_job(self, train: Train, about: str | None) -> None:
+        """Do a job of the GPU queue, which names network, seed and steps, and what else there is.
+
+        Weights and record go into its folder.
+        """
+        parser = argparse.ArgumentParser(
+            description=about, formatter_class=argparse.RawTextHelpFormatter
+        )
+        parser.add_argument("--settings", type=Path, required=True, help="of the job")
+        parser.add_argument("--out", type=Path, required=True, help="its folder")
+        options = parser.parse_args()
+        job = json.loads(options.settings.read_text())
+        name, seed, steps = (job.pop(part) for part in ("network", "seed", "steps"))
+        path = options.out / self.weights(name, seed).name
+        record = train(name, seed, steps, **job, path=path)
+        path.with_suffix(".checkpoint").unlink(missing_ok=True)
+        write_json(path.with_suffix(".json"), record)
+
+
+# --- What a table is told -------------------------------------------------------------------
+
+
+def digest(path: Path) -> str | None:
+    """Of a file, if it is there: whoever trains again has another configuration."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
+
+
+def configuration(path: Path, **own: Any) -> dict[str, Any]:
+    """Settings of a network that registers: its file, and what else is ``own``."""
+    weights = {"weights": os.path.relpath(path, ROOT), "sha256": digest(path)}
+    return {"package": "reglib"} | own | weights
+
+
+def trained_or_stop(configurations: Mapping[str, Mapping[str, Any]]) -> None:
+    """Stop if the weights of one are missing."""
+    found = [n for n, own in configurations.items() if "weights" in own and own["sha256"] is None]
+    if found:
+        raise SystemExit(f"not trained yet: {found}")
