@@ -111,13 +111,19 @@ def test_every_patient_is_moving_to_the_next_in_both_channels_and_copies_lie_apa
     assert len({c[:3] for c in found}) == len(found)
 
 
-def test_the_papers_network_sees_ten_pairs():
+def test_the_papers_network_sees_ten_pairs_and_three_of_them_with_the_noise_kept():
     for patients in (20, 60):
         everything = script.pairs_of([f"p{n}" for n in range(patients)], {"p3"})
-        few = script.listed(everything)
+        (all_of_them, quick), (few, own), (fewer, other) = script.parts(
+            everything, list(script.CONFIGURATIONS)
+        )
+        assert all_of_them == everything
+        assert [*quick, *own, *other] == list(script.CONFIGURATIONS)
         assert len(set(few)) == 10
         assert {c.set for c in few} == {"T1"}
-        assert few == sorted(few, key=everything.index)
+        assert len(set(fewer)) == 3
+        for some in (few, fewer):
+            assert some == sorted(some, key=few.index)
 
 
 @pytest.fixture
@@ -327,7 +333,7 @@ def test_a_run_is_resumed_and_summed_up(tmp_path, files, monkeypatch):
 def test_the_papers_network_comes_last_and_the_results_say_what_is_missing(
     tmp_path, files, monkeypatch
 ):
-    """It is stopped in its second pair: what is there can be written, and the rest comes later."""
+    """It is stopped with one pair to go: what is there can be written, and the rest comes later."""
     asked, limit = [], [3]
 
     class Workers:
@@ -385,16 +391,17 @@ def test_the_papers_network_comes_last_and_the_results_say_what_is_missing(
     quick = [name for name in script.CONFIGURATIONS if name not in script.PAPERS]
     once = dict.fromkeys(quick, 4) | {records.UNREGISTERED: 4}
     whole, counts = measured()
-    assert whole["missing"] == dict.fromkeys(script.PAPERS, 2)
+    paper, kept = script.PAPERS
+    assert whole["missing"] == {kept: 2}
     assert whole["complete"] is False
-    assert counts == dict.fromkeys(script.PAPERS, 0) | once
-    assert asked[-3:] == [*script.PAPERS, next(iter(script.PAPERS))]
+    assert counts == once | {paper: 2, kept: 0}
+    assert asked[-3:] == [paper, paper, kept]
 
     script.table("test", None, ["DIP"], [])
     whole, counts = measured()
     done = dict(zip(script.PAPERS, (2, 1), strict=True))
     assert counts == once | done
-    assert whole["missing"] == {list(script.PAPERS)[1]: 1}
+    assert whole["missing"] == {kept: 1}
     assert whole["complete"] is False
     assert whole["sets"]["T1"]["DIP, paper"]["pairs"] == 2
 
