@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import trainings
-from provenance import ROOT, provenance
+from provenance import ROOT
 from torch import Tensor, nn
 from trainings import AnyNetwork, Stream, Trainings, UNet
 
@@ -236,34 +235,24 @@ def train(
     network.card["input"] |= PREPARED
     validation = [x.to(device) for x in pairs_of("validation")]
     images = load("train").images.to(device)
-    history = fit(
+    found, scores = trainings.learn(
         network,
         RandomPairs(images, recipe.batch, seed),
         functools.partial(fcn.objective, **recipe.objective),
+        path,
         steps=steps,
         lr=recipe.lr,
-        checkpoint=path.with_suffix(".checkpoint"),
-        every=VALIDATE_EVERY,
         validate=lambda network: -overlap(network, validation),
-        validate_every=VALIDATE_EVERY,
-        progress=False,
+        every=VALIDATE_EVERY,
     )
     some = images[:51]
-    record = {
-        "network": name,
-        "seed": seed,
-        "settings": recipe.settings() | {"steps": steps},
-        "seconds": round(history["seconds"][-1], 1),
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "ncc": {
-            "train": correlation(network, some[1:], some[:-1]),
-            "validation": correlation(network, *validation[:2]),
-        },
-        "dice_every": VALIDATE_EVERY,
-        "dice": [round(-x, 4) for x in history["validation"] if not math.isnan(x)],
-        "loss": trainings.curve(history["loss"]),
-        "provenance": provenance(),
+    record: dict[str, Any] = {"network": name, "seed": seed}
+    record |= {"settings": recipe.settings() | {"steps": steps}} | found
+    record["ncc"] = {
+        "train": correlation(network, some[1:], some[:-1]),
+        "validation": correlation(network, *validation[:2]),
     }
+    record |= {"dice_every": VALIDATE_EVERY, "dice": [-x for x in scores]}
     # The card's own settings are the network's.
     others = ("loss", "dice", "dice_every", "settings")
     card = {key: value for key, value in record.items() if key not in others} | {

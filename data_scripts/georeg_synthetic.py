@@ -187,12 +187,6 @@ def load_pair(case: Case, part: str) -> Known:
 def measure(pair: Known, u: Tensor) -> dict[str, Any]:
     """Everything about a displacement ``(1, 2, H, W)`` in voxels."""
     u, truth = u.float(), pair.truth
-    warped = warp_labels(pair.moving_labels, u)
-    counts = [
-        torch.bincount(x.flatten(), minlength=1 + len(pair.structures))[1:]
-        for x in (pair.moving_labels, pair.fixed_labels)
-    ]
-    seen = [1 + n for n, (a, b) in enumerate(zip(*counts, strict=True)) if min(a, b) >= PIXELS]
     mask = truth.mask.to(u)
     values = {
         "endpoint_error": networks.endpoint_error(u, truth),
@@ -201,14 +195,23 @@ def measure(pair: Known, u: Tensor) -> dict[str, Any]:
         "folding_of_truth": folding(truth.field, mask=mask),
     }
     found: dict[str, Any] = {name: float(f"{float(x):.5g}") for name, x in values.items()}
-    found |= {"structures": len(seen), "hd95": None, "mean_dice": None}
-    if seen:
-        apart = hd95(warped, pair.fixed_labels, labels=seen)
-        apart = apart.nan_to_num(posinf=math.hypot(*u.shape[2:]))
-        overlap = dice(warped, pair.fixed_labels, labels=seen)
-        found["hd95"] = round(float(apart.mean()), 4)
-        found["mean_dice"] = round(float(overlap.mean()), 5)
-    return found
+    return found | overlap(u, pair.moving_labels, pair.fixed_labels, len(pair.structures))
+
+
+def overlap(u: Tensor, moving: Tensor, fixed: Tensor, count: int) -> dict[str, Any]:
+    """Dice and HD95 of so many structures, where both images have enough of one, in the plane."""
+    warped = warp_labels(moving, u)
+    counts = [torch.bincount(x.flatten(), minlength=1 + count)[1:] for x in (moving, fixed)]
+    seen = [1 + n for n, (a, b) in enumerate(zip(*counts, strict=True)) if min(a, b) >= PIXELS]
+    if not seen:
+        return {"structures": 0, "hd95": None, "mean_dice": None}
+    apart = hd95(warped, fixed, labels=seen)
+    apart = apart.nan_to_num(posinf=math.hypot(*u.shape[2:]))
+    return {
+        "structures": len(seen),
+        "hd95": round(float(apart.mean()), 4),
+        "mean_dice": round(float(dice(warped, fixed, labels=seen).mean()), 5),
+    }
 
 
 MEASURES = ("endpoint_error", "hd95", "mean_dice", "folding", "folding_everywhere", "seconds")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import brains
 import numpy as np
 import torch
 import trainings
-from provenance import ROOT, provenance
+from provenance import ROOT
 from torch import Tensor, nn
 from trainings import AnyNetwork, Stream, Trainings, UNet
 
@@ -358,30 +357,21 @@ def train(
     network = recipe.network(dimensions).to(device)
     images = load("training", dimensions).images.to(device)
     watched = Pairs(*(x.to(device) for x in tuning_pairs(VALIDATED, dimensions)))
-    history = fit(
+    found, errors = trainings.learn(
         network,
         DeformedPairs(images, recipe.batch, seed),
         recipe.loss(),
+        path,
         steps=steps,
         lr=recipe.lr,
-        checkpoint=path.with_suffix(".checkpoint"),
-        every=VALIDATE_EVERY,
         validate=functools.partial(tuning_error, pairs=watched),
-        progress=False,
+        every=VALIDATE_EVERY,
     )
     still = endpoint_error(torch.zeros_like(watched.field), watched).mean()
-    record = {
-        "network": name,
-        "seed": seed,
-        "training": recipe.as_json() | {"steps": steps, "dimensions": dimensions},
-        "seconds": round(history["seconds"][-1], 1),
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "tuning_every": VALIDATE_EVERY,
-        "tuning_error": [round(x, 4) for x in history["validation"] if not math.isnan(x)],
-        "tuning_error_before": round(float(still), 4),
-        "loss": trainings.curve(history["loss"]),
-        "provenance": provenance(),
-    }
+    training = recipe.as_json() | {"steps": steps, "dimensions": dimensions}
+    record: dict[str, Any] = {"network": name, "seed": seed, "training": training} | found
+    record |= {"tuning_every": VALIDATE_EVERY, "tuning_error": errors}
+    record["tuning_error_before"] = round(float(still), 4)
     multiple = {"georeg": 2 ** (len(GEOREG["channels"]) - 1)}.get(recipe.kind, 16)
     card = {key: value for key, value in record.items() if key not in ("loss", "tuning_every")} | {
         "input": {"channels": 1, "size_multiple": multiple},

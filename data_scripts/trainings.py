@@ -11,11 +11,12 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ from typing import Any
 
 import timing
 import torch
-from provenance import ROOT, write_json
+from provenance import ROOT, provenance, write_json
 from torch import Tensor, nn
 
 from reglib.methods import fcn, georeg
+from reglib.training import fit
 from reglib.weights import load_weights, save_weights
 
 #: Trains a network, given its name, seed and steps and, by keyword, ``path`` and what else a job
@@ -46,6 +48,10 @@ class Stream:
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Moving and fixed, without end."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the generator."""
@@ -135,6 +141,53 @@ def begin(seed: int) -> str:
         return "cuda"
     torch.set_num_threads(1)
     return "cpu"
+
+
+def learn(
+    network: nn.Module,
+    pairs: Stream,
+    loss: Callable[..., dict[str, Tensor]],
+    path: Path,
+    *,
+    steps: int,
+    lr: float,
+    validate: Callable[[Any], float],
+    every: int,
+) -> tuple[dict[str, Any], list[float]]:
+    """Train a network; goes on from the checkpoint beside ``path``.
+
+    Args:
+        network: where it is to be trained.
+        pairs: what it is trained on, without end.
+        loss: of its output, the moving and the fixed image.
+        path: of its weights; they are not written.
+        steps: of the optimiser.
+        lr: learning rate.
+        validate: of the network; less is better.
+        every: so many steps it is asked, and a checkpoint is written.
+
+    Returns:
+        What every record of a training holds, and what ``validate`` said.
+    """
+    history = fit(
+        network,
+        pairs,
+        loss,
+        steps=steps,
+        lr=lr,
+        checkpoint=path.with_suffix(".checkpoint"),
+        every=every,
+        validate=validate,
+        validate_every=every,
+        progress=False,
+    )
+    found = {
+        "seconds": round(history["seconds"][-1], 1),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "loss": curve(history["loss"]),
+        "provenance": provenance(),
+    }
+    return found, [round(x, 4) for x in history["validation"] if not math.isnan(x)]
 
 
 def curve(losses: Sequence[float], count: int = 100) -> list[float]:

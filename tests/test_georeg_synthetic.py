@@ -460,10 +460,10 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(small, monkeypat
         own_look = options["validate"]
         return fit(network, pairs, loss, **(options | {"validate": look}))
 
-    monkeypatch.setattr(networks, "fit", stopped)
+    monkeypatch.setattr(networks.trainings, "fit", stopped)
     with pytest.raises(KeyboardInterrupt):
         networks.train("GeoReg", 0, 3, path=work / "parts.safetensors")
-    monkeypatch.setattr(networks, "fit", fit)
+    monkeypatch.setattr(networks.trainings, "fit", fit)
     assert not (work / "parts.safetensors").exists()
     parts = networks.train("GeoReg", 0, 3, path=work / "parts.safetensors")
     assert parts["loss"] == whole["loss"]

@@ -1,0 +1,323 @@
+"""GeoReg between subjects, between contrasts and on a phantom of layers, beside its peers.
+
+    REGLIB_DATA=FOLDER python data_scripts/brains.py              # volumes -> one file
+    python data_scripts/georeg_subjects.py train [NAME ...]       # every network and seed
+    REGLIB_DATA=FOLDER python data_scripts/georeg_subjects.py test
+
+Without a command the last two run. For development there are
+
+    python data_scripts/georeg_subjects.py calibrate              # how many steps to train
+    python data_scripts/georeg_subjects.py test --split tuning
+
+of which the latter takes other pairs, but of the third set, and writes nothing into results/.
+Leave the machine alone during calibrate and test: seconds count.
+
+The paper (Sideri-Lampretsa et al., arXiv:2412.13294) registers brains of different people, T1 to T1
+and T1 to T2, and scans of the retina; its numbers are lost, so these are ours. Four sets, all in
+the plane:
+
+- ``T1 to T1``: an axial slice of 2 mm of two test subjects of IXI, 80 x 96, aligned affinely to
+  MNI152 as the data are. Test subjects are in groups of three, in each of which everyone is moving
+  to the next; structures that both slices show are compared.
+- ``T1 to T2``: the same, the fixed slice made like a T2 by a curve of intensities, with noise.
+- ``T2 to T1, known``: slices of the two patients of open_ms, who have both contrasts on one grid.
+  T2 is moving; fixed is T1, deformed as in the synthetic table (Brownian, middle strength), which
+  is the truth. No network has seen a real T2.
+- ``layers``: a phantom in place of retinal scans, see oct_phantom.py; its truth is known.
+
+Networks, one of each kind and seed for the three sets of brains and one for the layers, are trained
+on one thread, for as many steps as 7.5 minutes of it allowed on the machine that
+georeg_subjects_steps.json names. Their recipes are those of the synthetic table
+(georeg_synthetic_networks.py); nothing was chosen for these sets. A stopped training goes on from
+its checkpoint. The layers have a results file of their own.
+
+``test`` has everyone register the same NIfTI files in processes of their own, with two threads, and
+measures everything from the fields that come back. Each configuration sees the test pairs once;
+``runs`` is the ledger. What is measured goes into build/georeg_subjects/ at once, and a stopped run
+continues there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import statistics
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import georeg_subjects_networks as networks
+import oct_phantom
+import peers
+import torch
+import volumes
+from benchmark_classical import CAP, Case, known_or_stop, register_all, regularity, run_reglib
+from benchmark_record import UNREGISTERED, Record, Row, key
+from brains import ixi_structures, scaled
+from fcn_networks import places
+from georeg_subjects_networks import BRAINS, LAYERS
+from georeg_synthetic import AFFINE, PIXELS, artificial_pair, method_of, overlap
+from georeg_synthetic_networks import SEEDS, Cell, Pairs, deformed, endpoint_error, load
+from inr_zurich import settings_of
+from provenance import ROOT, provenance
+from torch import Tensor
+from trainings import configuration, trained, trained_or_stop
+
+from reglib.data.assets import fetch
+from reglib.data.conform import resample
+from reglib.data.nifti import Image, read_image
+from reglib.methods.classical import Affine, Velocity
+from reglib.methods.network import Network
+from reglib.objectives.mind import mind
+from reglib.objectives.similarity import mutual_information
+
+WORK = networks.WORK
+#: What networks are trained for, and where the results of it go.
+RESULTS = {
+    BRAINS: ROOT / "results" / "georeg_subjects.json",
+    LAYERS: ROOT / "results" / "georeg_layers.json",
+}
+T1, T2, KNOWN = "T1 to T1", "T1 to T2", "T2 to T1, known"
+
+#: Of open_ms: patients, axial planes of the grid of IXI, and deformations of each slice.
+PATIENTS, PLANES, DRAWS = ("patient07", "patient19"), (34, 38, 42, 46, 50), 2
+#: What deforms them.
+CELL = Cell("Brownian", 2)
+
+PROTOCOL: dict[str, Any] = {
+    "mean_dice": f"of structures that have {PIXELS} pixels or more in both images; labels warped "
+    "nearest; a pair that failed or took too long counts as unregistered.",
+    "hd95": "of the same, mean, in pixels (of 2 mm, of brains).",
+    "error": "mean distance from the truth, in pixels (of 2 mm, of brains), where the fixed image "
+    "shows the brain, or a layer, and the truth stays in the image.",
+    "folding": "share of pixels with a determinant of at most 0; folding_inside without two at "
+    "each side.",
+    "curve": networks.CURVE,
+    "seconds": "wall clock of the call that registers, imports warm, no files read.",
+    "interval": "95 %, percentile bootstrap: groups of three subjects, patients, or pairs of "
+    "layers are drawn whole; seeds of a network are averaged first.",
+    "threads": peers.THREADS,
+    "cap_seconds": CAP,
+}
+
+
+# --- Configurations ---------------------------------------------------------------------------
+
+#: Ours without training: methods one after another.
+METHODS: dict[str, list[Any]] = {
+    "reglib affine + velocity": [Affine(), Velocity()],
+    "reglib affine, MI + velocity, MIND": [Affine(mutual_information), Velocity(mind)],
+}
+PEERS: dict[str, dict[str, Any]] = {
+    name: peers.CONFIGURATIONS[name]
+    for name in (
+        "ANTsPy SyN MI, full resolution",
+        "ANTsPy SyN CC, full resolution",
+        "SimpleITK affine + demons",
+    )
+}
+
+
+def configurations(kind: str) -> dict[str, dict[str, Any]]:
+    """Peers, ours, and every network and seed that was trained for that kind of images."""
+    found = PEERS | {name: settings_of(methods) for name, methods in METHODS.items()}
+    steps = networks.TRAININGS.steps()
+    named = [name for name, (_, own) in networks.NETWORKS.items() if own == kind]
+    for name, seed in itertools.product(named, SEEDS):
+        training = networks.RECIPES[networks.NETWORKS[name][0]].as_json() | {"steps": steps[name]}
+        path = networks.TRAININGS.weights(name, seed)
+        found[f"{name}, seed {seed}"] = configuration(path, training=training)
+    return found
+
+
+def methods_of(settings: dict[str, Any]) -> list[Any]:
+    """What :func:`reglib.registration.register` is given."""
+    if "weights" in settings:
+        return [Network(trained(str(ROOT / settings["weights"])))]
+    return next(methods for methods in METHODS.values() if settings_of(methods) == settings)
+
+
+# --- Pairs ------------------------------------------------------------------------------------
+
+
+class Loaded(NamedTuple):
+    """A pair in memory: labels numbered from 1 or none, and the truth or none."""
+
+    moving: Image
+    fixed: Image
+    structures: int
+    moving_labels: Tensor | None
+    fixed_labels: Tensor | None
+    truth: Pairs | None
+
+
+def cases(kind: str, part: str) -> list[Case]:
+    """The pairs of a part, ``"test"`` or ``"tuning"``; clusters share no person."""
+    if kind == LAYERS:
+        count = networks.LAYER_PAIRS[part]
+        return [Case(LAYERS, f"{n} before", f"{n} after", n) for n in range(count)]
+    names = load(part).subjects
+    found = [
+        Case(one, names[m], names[f], n // 3)
+        for one in (T1, T2)
+        for n, (m, f) in enumerate(places(len(names)))
+    ]
+    if part == "test":  # there are no more than these patients
+        found += [
+            Case(KNOWN, f"{patient} t2 {plane} {draw}", f"{patient} t1 {plane} {draw}", cluster)
+            for cluster, patient in enumerate(PATIENTS)
+            for plane in PLANES
+            for draw in range(DRAWS)
+        ]
+    return found
+
+
+@functools.cache
+def patient_volumes(patient: str) -> tuple[Tensor, Tensor]:
+    """T1 and T2 of a patient on the grid of IXI, in [0, 1]."""
+    grid = read_image(fetch("ixi_2mm") / "mni152_t1_2mm.nii.gz")
+    images = (read_image(fetch("open_ms") / f"{patient}_{one}.nii.gz") for one in ("t1", "t2"))
+    shape = tuple(grid.tensor.shape[2:])
+    t1, t2 = (scaled(resample(x.tensor, x.affine, grid.affine, shape)) for x in images)
+    return t1, t2
+
+
+def load_pair(case: Case, part: str) -> Loaded:
+    """A pair of the table."""
+    if case.set in (T1, T2):
+        names = load(part).subjects
+        own = networks.subject_pair(
+            part, names.index(case.moving), names.index(case.fixed), t2=case.set == T2
+        )
+        images = (Image(x, AFFINE) for x in own[:2])
+        return Loaded(*images, len(ixi_structures()), *own[2:], None)
+    if case.set == KNOWN:
+        return known_pair(case.moving)
+    number = int(case.moving.split()[0])
+    scans = networks.layer_pair(part, number)
+    truth = Pairs(scans.moving, scans.fixed, scans.field, scans.fixed_labels > 0)
+    images = (Image(x, AFFINE) for x in scans[:2])
+    labels = (x.long() for x in scans[2:4])
+    return Loaded(*images, len(oct_phantom.LAYERS), *labels, truth)
+
+
+def known_pair(name: str) -> Loaded:
+    """A T2 and the T1 of the same slice, moved by what is known."""
+    patient, _, plane, draw = name.split()
+    t1, t2 = (volume[..., int(plane)] for volume in patient_volumes(patient))
+    seed = networks.SEED_OF_TEST + 100 * PATIENTS.index(patient) + 2 * int(plane) + int(draw)
+    pairs = deformed(t1, [CELL], torch.Generator().manual_seed(seed))
+    truth = pairs._replace(moving=t2)
+    return Loaded(Image(t2, AFFINE), Image(pairs.fixed, AFFINE), 0, None, None, truth)
+
+
+# --- Measuring --------------------------------------------------------------------------------
+
+
+def measure(pair: Loaded, u: Tensor) -> dict[str, Any]:
+    """Everything about a displacement ``(1, 2, H, W)`` in pixels."""
+    u = u.float()
+    found: dict[str, Any] = regularity(u)
+    if pair.truth is not None:
+        found["error"] = float(f"{float(endpoint_error(u, pair.truth)):.5g}")
+    if pair.moving_labels is not None:
+        assert pair.fixed_labels is not None
+        found |= overlap(u, pair.moving_labels, pair.fixed_labels, pair.structures)
+    return found
+
+
+def over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """One row of each pair and method: the mean over its seeds; what failed is as unregistered."""
+    before = {key(row)[:3]: row for row in rows if row["configuration"] == UNREGISTERED}
+    each: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        still = before[key(row)[:3]]
+        whole = {name: still[name] for name in volumes.measures([still])} | row
+        each.setdefault((*key(row)[:3], method_of(row["configuration"])), []).append(whole)
+    found = []
+    for (*_, method), own in each.items():
+        names = ("seconds", *volumes.measures(own))
+        means = {name: statistics.fmean(row[name] for row in own) for name in names}
+        failed = [row["failed"] for row in own if row["failed"] is not None]
+        means |= {"timed_out": any(row["timed_out"] for row in own)}
+        means |= {"failed": failed[0] if failed else None, "configuration": method}
+        found.append(own[0] | means)
+    return found
+
+
+def summarise(rows: Sequence[Row], ours: Collection[str] = ()) -> dict[str, Any]:
+    """The summary of volumes.py, seeds averaged first."""
+    return volumes.summarise(over_seeds(rows), {method_of(name) for name in ours})
+
+
+# --- The table --------------------------------------------------------------------------------
+
+
+def test(kind: str, part: str, only: Sequence[str] | None, again: Sequence[str]) -> None:
+    """Register and measure."""
+    final = part == "test"
+    if final and provenance()["uncommitted_changes"]:
+        raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+    all_of_them = configurations(kind)
+    wanted = {name: own for name, own in all_of_them.items() if only is None or name in only}
+    trained_or_stop(wanted)
+    record = Record(WORK / f"{kind}_{part}.json", part, RESULTS[kind] if final else None)
+    record.forget(again)
+    everything = cases(kind, part)
+    sets = list(dict.fromkeys(case.set for case in everything))
+    trainings = networks.TRAININGS.records()
+    register_all(
+        record,
+        everything,
+        all_of_them if final else wanted,
+        functools.partial(load_pair, part=part),
+        __file__,
+        WORK,
+        measure=measure,
+        warm=artificial_pair(),
+        only=list(wanted),
+        head={
+            "script": "data_scripts/georeg_subjects.py",
+            "protocol": PROTOCOL,
+            "sets": sets,
+            "training": [run for run in trainings if networks.NETWORKS[run["network"]][1] == kind],
+        },
+        summary=summarise,
+        show=volumes.table,
+    )
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command")
+    learn = commands.add_parser("train")
+    learn.add_argument("names", nargs="*", metavar="NAME", help=", ".join(networks.NETWORKS))
+    commands.add_parser("calibrate")
+    judge = commands.add_parser("test")
+    judge.add_argument("--split", choices=("test", "tuning"), default="test")
+    judge.add_argument("--only", nargs="+", metavar="NAME", help="these configurations")
+    judge.add_argument("--again", nargs="+", default=[], metavar="NAME", help="measure anew")
+    options = parser.parse_args()
+    if options.serve:
+        peers.serve({"reglib": functools.partial(run_reglib, methods_of=methods_of)})
+        return
+    if options.command == "calibrate":
+        networks.calibrate()
+    if options.command in ("train", None):
+        names = getattr(options, "names", None) or list(networks.NETWORKS)
+        known_or_stop(names, networks.NETWORKS)
+        networks.train_all(names)
+    if options.command in ("test", None):
+        only, again = getattr(options, "only", None), getattr(options, "again", [])
+        known = {UNREGISTERED}.union(*(configurations(kind) for kind in RESULTS))
+        known_or_stop([*(only or []), *again], known)
+        for kind in RESULTS:
+            test(kind, getattr(options, "split", "test"), only, again)
+
+
+if __name__ == "__main__":
+    main()
