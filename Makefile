@@ -7,6 +7,8 @@ PORT ?= 8000
 # Seconds that one notebook may take.
 NOTEBOOK_TIMEOUT ?= 600
 export NOTEBOOK_TIMEOUT
+# Processes of the unit tests, which keep to one thread each; 0 runs them in one, in order.
+UNIT_JOBS ?= logical
 # Characters in a line of a notebook: what a page shows without scrolling.
 NOTEBOOK_WIDTH := 86
 
@@ -50,7 +52,7 @@ fmt: $(READY) ## put code and notebooks into the house format
 	@$(PY) -m ruff check --fix .
 
 unit: $(READY) ## unit tests
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q -n $(UNIT_JOBS) --maxprocesses 4 --dist loadfile
 
 notebooks: $(READY) ## execute the notebooks that changed, against the built wheel
 	@$(PY) book/execute.py

@@ -18,6 +18,12 @@ measures DIP on every other pair of tuning patients, one setting changed at a ti
 pairs take side by side (leave the machine alone meanwhile: that is the last but one part), and the
 paper's network in both precisions, and writes results/dip_lgg_sensitivity.json.
 
+    REGLIB_DATA=FOLDER python data_scripts/dip_lgg.py --pack
+    REGLIB_DATA=FOLDER python data_scripts/dip_lgg.py --add gpu_out/004_dip_lgg
+
+writes what dip_lgg_job.py needs to put the paper's network through all pairs on a GPU, and measures
+what comes back.
+
 Pairs: patient i is moving to patient i + 1, in the order of the committed split, which is by
 patient; T1 and FLAIR are registered apart, so that everyone sees the same. Where the T1 of one is a
 copy of its FLAIR the pair is in a set of its own. Everyone, peers included, is given the moving
@@ -48,10 +54,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peers
 import torch
 from benchmark_classical import (
@@ -79,6 +85,7 @@ from benchmark_record import (
     key,
 )
 from brains import scaled
+from dip_lgg_job import PACKED, RECORD, computing_in, dip_of, fields_in
 from provenance import ROOT, provenance, write_json
 from scipy import ndimage
 from torch import Tensor
@@ -87,7 +94,7 @@ from reglib.data.assets import fetch
 from reglib.data.nifti import Image, read_image
 from reglib.geometry.grid import identity_grid
 from reglib.geometry.sampling import warp, warp_labels
-from reglib.methods import classical, dip
+from reglib.methods import classical
 from reglib.objectives import similarity
 from reglib.objectives.metrics import dice, jacobian_statistics, ssim
 from reglib.registration import register
@@ -188,17 +195,6 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def dip_of(settings: dict[str, Any]) -> dip.DIP:
-    """The method that words mean: a preset, and what differs from it."""
-    own = dict(settings)
-    method = dip.PRESETS[own.pop("preset")]
-    if "network" in own:
-        own["network"] = replace(method.network, **own["network"])
-    if "similarity" in own:
-        own["similarity"] = getattr(similarity, own["similarity"])
-    return replace(method, **own)
-
-
 def methods_of(settings: dict[str, Any]) -> list[Any]:
     """What :func:`reglib.registration.register` is given."""
     if "dip" in settings:
@@ -207,11 +203,6 @@ def methods_of(settings: dict[str, Any]) -> list[Any]:
 
 
 run_ours = functools.partial(run_reglib, methods_of=methods_of)
-
-
-def computing_in(dtype: str | None) -> torch.autocast:
-    """Networks within compute in a lower precision, such as ``"bfloat16"``; ``None``: as ever."""
-    return torch.autocast("cpu", getattr(torch, dtype or "bfloat16"), enabled=dtype is not None)
 
 
 def run_here(files: dict[str, Path], name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -466,6 +457,43 @@ def write(record: Record, everything: Sequence[Case], python: Path) -> None:
     print(f"written: {RESULTS}", *(f"missing: {n} of {name}" for name, n in missing.items()))
 
 
+def pack() -> None:
+    """Write the test pairs, placed, into one file for machines that only have torch."""
+    pairs = [load(case) for case in cases("test")]
+    arrays = {
+        part: (65535 * torch.cat([getattr(pair, part).tensor for pair in pairs]))
+        .round()
+        .numpy()
+        .astype(np.uint16)
+        for part in ("moving", "fixed")
+    }
+    PACKED.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = PACKED.with_suffix(".part.npz")
+    np.savez_compressed(unfinished, **arrays)
+    os.replace(unfinished, PACKED)
+    print(f"{PACKED}: {len(pairs)} pairs, {PACKED.stat().st_size / 2**20:.1f} MiB")
+
+
+def add(folder: Path) -> None:
+    """Measure the fields of a finished job, and put them into the results under its own name."""
+    known = json.loads((folder / RECORD).read_text())
+    everything, fields, name = cases("test"), fields_in(folder), known["job"]["name"]
+    if not len(everything) == len(fields) == len(known["seconds"]):
+        raise SystemExit(f"{folder}: wanted {len(everything)} fields, got {len(fields)}")
+    if name in CONFIGURATIONS:
+        raise SystemExit(f"{folder}: {name!r} is measured here; give the job another name")
+    record = Record(WORK / "test.json", "test", RESULTS)
+    record.forget([name])
+    made = known["job"]["settings"] | {"package": "reglib", "provenance": known["provenance"]}
+    record.begin({name: made}, tasks(everything, [name]))
+    times = zip(known["seconds"], known["cpu_seconds"], strict=True)
+    for case, u, (seconds, busy) in zip(everything, fields.split(1), times, strict=True):
+        row: Row = case._asdict() | {"configuration": name, "seconds": seconds}
+        row |= {"cpu_seconds": busy, "timed_out": False, "failed": None}
+        record.add(row | measure(load(case), u))
+    write(record, everything, make_environment())
+
+
 # --- What settings are worth ----------------------------------------------------------------
 
 
@@ -523,6 +551,8 @@ def main() -> None:
     parser.add_argument("--sensitivity", action="store_true", help="what settings are worth")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these configurations")
     parser.add_argument("--again", nargs="+", default=[], metavar="NAME", help="measure anew")
+    parser.add_argument("--pack", action="store_true", help="for a job of make gpu")
+    parser.add_argument("--add", type=Path, metavar="FOLDER", help="what such a job left")
     options = parser.parse_args()
     if options.serve:
         peers.serve({"reglib": run_ours})
@@ -534,7 +564,11 @@ def main() -> None:
         parser.error("--pairs: the test pairs are measured all together")
     if options.split == "test" and provenance()["uncommitted_changes"]:
         raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
-    if options.sensitivity:
+    if options.pack:
+        pack()
+    elif options.add is not None:
+        add(options.add)
+    elif options.sensitivity:
         sensitivity()
     else:
         table(options.split, options.pairs, options.only, options.again)

@@ -20,9 +20,10 @@ strengths, without any affine alignment before. georeg_synthetic_networks.py say
 strength is, as in the released code: uniform between minus and plus the amount.
 
 Networks, one of each kind and seed for all families, are trained on the mixture of all cells, on
-slices of training subjects, on one thread; each has as many steps as 15 minutes of one thread
+slices of training subjects, on one thread; each has as many steps as 7.5 minutes of one thread
 allowed on the machine that georeg_synthetic_steps.json names. A stopped training goes on from its
-checkpoint. Every setting was chosen on tuning subjects.
+checkpoint. GeoReg's settings were chosen on tuning subjects; VoxelMorph and FCN have those of
+fcn_networks.py, which were chosen on hippocampi.
 
 ``test`` has peers (peers.py), our classical method and the networks register the same NIfTI files
 in processes of their own, with two threads, and measures everything from the fields that come

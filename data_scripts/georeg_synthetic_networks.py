@@ -30,7 +30,7 @@ from reglib.synth import brownian_field
 from reglib.training import fit
 
 WORK = ROOT / "build" / "georeg_synthetic"
-TRAININGS = Trainings(WORK, ROOT / "data_scripts" / "georeg_synthetic_steps.json")
+TRAININGS = Trainings(WORK, ROOT / "data_scripts" / "georeg_synthetic_steps.json", seconds=450.0)
 SEEDS = (0, 1, 2)
 #: Between two looks at the tuning pairs, and how many of each cell are looked at.
 VALIDATE_EVERY, VALIDATED = 100, 3

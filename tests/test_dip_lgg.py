@@ -28,6 +28,7 @@ SCRIPTS = ROOT / "data_scripts"
 sys.path.insert(0, str(SCRIPTS))
 try:
     script = importlib.import_module("dip_lgg")
+    job = importlib.import_module("dip_lgg_job")
     benchmark = importlib.import_module("benchmark_classical")
     records = importlib.import_module("benchmark_record")
     peers = importlib.import_module("peers")
@@ -473,3 +474,110 @@ def test_means_and_differences_agree_with_plain_arithmetic():
     assert found["paper"]["above"]["peer"]["pairs"] == 4
     # Where one has fewer pairs, the difference is of those that both have.
     assert found["DIP"]["above"]["paper"]["ssim"] == 0.0
+
+
+# --- The job for a GPU ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(tmp_path, monkeypatch):
+    """Two pairs in each channel, packed, and a results file with everything that is quick."""
+    shifts = {"a": 2.0, "b": 1.0}
+
+    def load(case):
+        both, c = pair_of(shifts[case.moving]), script.CHANNELS.index(case.set)
+        images = (Image(x.tensor[:, c : c + 1], x.affine) for x in (both.moving, both.fixed))
+        return benchmark.Loaded(script.STRUCTURES, *images, *both[3:])
+
+    everything = script.pairs_of(["a", "b", "c"], set())
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho '{}'\n")
+    python.chmod(0o755)
+    for name, value in {
+        "load": load,
+        "cases": lambda split: everything,
+        "make_environment": lambda: python,
+        "WORK": tmp_path / "work",
+        "RESULTS": tmp_path / "dip_lgg.json",
+        "PACKED": tmp_path / "pairs.npz",
+        "CONFIGURATIONS": {},
+        "PAPERS": {},
+    }.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(job, "PACKED", script.PACKED)
+    monkeypatch.setattr(job, "IN_A_FILE", 3)
+    record = records.Record(tmp_path / "work" / "test.json", "test", script.RESULTS)
+    record.begin({}, script.tasks(everything, []))
+    for case in everything:
+        row = case._asdict() | {"configuration": records.UNREGISTERED, "seconds": 0.0}
+        row |= {"cpu_seconds": 0.0, "timed_out": False, "failed": None}
+        record.add(row | script.measure(load(case), moved(0.0, 0.0)))
+    script.write(record, everything, python)
+    script.pack()
+    return everything
+
+
+def test_a_job_leaves_fields_that_are_measured_like_all_others(packed, tmp_path, monkeypatch):
+    """Two pairs side by side, four pairs, three in a file; stopped after the first two."""
+    out = tmp_path / "out"
+    out.mkdir()
+    settings = {"dip": {"preset": "fast"} | QUICK}
+    wanted = {"name": "DIP elsewhere", "settings": settings, "batch": 2}
+    asked, fitted = [], job.fitted
+
+    def stopped(method, moving, fixed):
+        asked.append(len(moving))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return fitted(method, moving, fixed)
+
+    monkeypatch.setattr(job, "fitted", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(wanted, out)
+    with pytest.raises(SystemExit, match="wanted 4 fields, got 2"):
+        script.add(out)
+    job.run(wanted, out)
+    assert asked == [2, 1, 1, 1]  # the third ends its file
+    assert sorted(path.name for path in out.iterdir()) == [
+        "fields.json",
+        "fields_0.npz",
+        "fields_1.npz",
+    ]
+    u = job.fields_in(out)
+    for case, one in zip(packed, u.split(1), strict=True):
+        pair = script.load(case)
+        alone = register(pair.moving, pair.fixed, script.dip_of(settings["dip"]), progress=False)
+        # Half a unit, the 16 bits of the images, and what twelve steps make of them.
+        torch.testing.assert_close(one, alone.field, atol=job.UNIT, rtol=1e-3)
+
+    script.add(out)
+    whole = json.loads(script.RESULTS.read_text())
+    rows = [row for row in whole["rows"] if row["configuration"] == "DIP elsewhere"]
+    assert [(row["set"], row["moving"]) for row in rows] == [c[:2] for c in packed]
+    for row, case, one in zip(rows, packed, u.split(1), strict=True):
+        assert row["ssim"] == script.measure(script.load(case), one)["ssim"]
+        assert row["seconds"] > 0
+    made = whole["configurations"]["DIP elsewhere"]
+    assert made["dip"] == settings["dip"]
+    assert made["provenance"]["commit"]
+    assert whole["sets"]["T1"]["DIP elsewhere"]["pairs"] == 2
+    script.add(out)  # again: in place of the first
+    again = json.loads(script.RESULTS.read_text())
+    assert len(again["rows"]) == len(whole["rows"])
+
+
+def test_the_committed_job_is_the_papers_network_and_its_fields_fit_into_what_comes_back():
+    content = json.loads((SCRIPTS / "gpu_jobs" / "004_dip_lgg.json").read_text())
+    own = script.PAPERS["DIP, paper"]
+    assert content["settings"]["settings"] == {name: own[name] for name in ("dip", "autocast")}
+    assert content["settings"]["name"] not in script.CONFIGURATIONS
+    assert job.IN_A_FILE * 2 * 256 * 256 * 2 < 16 * 2**20
+    pairs = len(script.pairs_of(json.loads(script.SPLITS.read_text())["lgg"]["test"], set()))
+    assert -(-pairs // job.IN_A_FILE) <= 2
+
+
+def test_a_field_beyond_its_bits_is_not_written(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "fitted", lambda *_: torch.full((1, 2, *SHAPE), 32.0))
+    with pytest.raises(ValueError, match="wanted less than 32 voxels"):
+        job.run({"name": "far", "settings": {"dip": {"preset": "fast"}}, "batch": 1}, tmp_path)
+    assert not (tmp_path / "fields.json").exists()

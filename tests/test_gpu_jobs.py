@@ -106,8 +106,9 @@ def test_weights_of_the_small_size_can_be_brought_home():
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A copy of what a job needs, with six small worlds for brains and almost no steps."""
-    for name in ("pretraining.py", "brains.py", "provenance.py", "gpu_queue.py", "splits.json"):
-        (tmp_path / "data_scripts").mkdir(exist_ok=True)
+    (tmp_path / "data_scripts").mkdir()
+    modules = ("pretraining", "brains", "provenance", "timing", "trainings", "gpu_queue")
+    for name in (*(f"{module}.py" for module in modules), "splits.json"):
         shutil.copy(SCRIPTS / name, tmp_path / "data_scripts")
     sizes = json.loads(json.dumps(script.SIZES))
     sizes["small"]["pretrain"]["steps"] = 2

@@ -190,7 +190,13 @@ def test_tuning_never_looks_at_the_test_subjects(heads, size, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     "name",
-    ["pretraining", "fcn_networks", "georeg_synthetic_networks", "georeg_subjects_networks"],
+    [
+        "pretraining",
+        "fcn_networks",
+        "georeg_synthetic_networks",
+        "georeg_subjects_networks",
+        "dip_lgg_job",
+    ],
 )
 def test_the_script_runs_where_only_torch_numpy_and_safetensors_are(name):
     """So do jobs on borrowed GPU machines. What they need from torch's own needs is let through."""
@@ -199,7 +205,8 @@ import sys, numpy, safetensors.torch, torch
 known = {{name.split(".")[0] for name in sys.modules}} | set(sys.stdlib_module_names)
 known |= {{"torchgen", "functorch", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "triton"}}
 known |= {{"reglib", "pretraining", "brains", "timing", "provenance", "fcn_networks"}}
-known |= {{"georeg_synthetic_networks", "georeg_subjects_networks", "trainings", "oct_phantom"}}
+known |= {{"georeg_synthetic_networks", "georeg_subjects_networks", "oct_phantom"}}
+known |= {{"trainings", "dip_lgg_job"}}
 
 class Nothing:
     def find_spec(self, name, path=None, target=None):
