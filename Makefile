@@ -7,7 +7,7 @@ PORT ?= 8000
 # Seconds that one notebook may take.
 NOTEBOOK_TIMEOUT ?= 600
 export NOTEBOOK_TIMEOUT
-# Processes of the unit tests, which keep to one thread each; 0 runs them in one, in order.
+# Processes of the unit tests, at most 4, of one thread each; 0 runs them in one, in order.
 UNIT_JOBS ?= logical
 # Characters in a line of a notebook: what a page shows without scrolling.
 NOTEBOOK_WIDTH := 86

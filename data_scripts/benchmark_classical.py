@@ -517,7 +517,9 @@ def register_all(
     warm: tuple[Image, Image] | None = None,
     known: Sequence[Row] = (),
     only: Collection[str] | None = None,
-    **sums: Any,
+    head: dict[str, Any] | None = None,
+    summary: Callable[[Sequence[Row], Collection[str]], dict[str, Any]] = summarise,
+    show: Callable[[dict[str, Any]], str] = table,
 ) -> dict[str, Any] | None:
     """Measure what ``record`` does not hold, and sum up if nothing is missing then.
 
@@ -532,7 +534,9 @@ def register_all(
         warm: what goes through every configuration first, see :class:`Workers`.
         known: rows to estimate the time from.
         only: run these configurations; ``None`` for all.
-        sums: for :func:`sum_up`.
+        head: see :func:`sum_up`, as of the next two.
+        summary: of rows, given the names of ours.
+        show: the summary for the terminal.
 
     Returns:
         The whole with its summary, or ``None`` if something is missing.
@@ -559,7 +563,8 @@ def register_all(
             load=load,
             measure=measure,
         )
-    return sum_up(record, everything, list(configurations), python, **sums)
+    names = list(configurations)
+    return sum_up(record, everything, names, python, head=head, summary=summary, show=show)
 
 
 def sum_up(

@@ -19,7 +19,7 @@ pairs take side by side (leave the machine alone meanwhile: that is the last but
 paper's network in both precisions, and writes results/dip_lgg_sensitivity.json.
 
     REGLIB_DATA=FOLDER python data_scripts/dip_lgg.py --pack
-    REGLIB_DATA=FOLDER python data_scripts/dip_lgg.py --add gpu_out/004_dip_lgg
+    REGLIB_DATA=FOLDER python data_scripts/dip_lgg.py --add gpu_out/800_dip_lgg
 
 writes what dip_lgg_job.py needs to put the paper's network through all pairs on a GPU, and measures
 what comes back.
@@ -85,7 +85,7 @@ from benchmark_record import (
     key,
 )
 from brains import scaled
-from dip_lgg_job import PACKED, RECORD, computing_in, dip_of, fields_in
+from dip_lgg_job import PACKED, RECORD, computing_in, dip_of, fields_in, pairs_and_digest
 from provenance import ROOT, provenance, write_json
 from scipy import ndimage
 from torch import Tensor
@@ -417,6 +417,8 @@ def table(split: str, pairs: int | None, only: Sequence[str] | None, again: Sequ
     wanted = [name for name in CONFIGURATIONS if only is None or name in only]
     record = Record(WORK / f"{split}.json", split, RESULTS if split == "test" else None)
     record.forget(again)
+    if UNREGISTERED in again:  # other pairs: what was measured elsewhere is of those before
+        record.forget(set(record.configurations) - set(CONFIGURATIONS))
     python = make_environment()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -475,22 +477,33 @@ def pack() -> None:
 
 
 def add(folder: Path) -> None:
-    """Measure the fields of a finished job, and put them into the results under its own name."""
+    """Measure the fields of a finished job, and put them into the results under its own name.
+
+    No table may be measured meanwhile.
+    """
     known = json.loads((folder / RECORD).read_text())
     everything, fields, name = cases("test"), fields_in(folder), known["job"]["name"]
     if not len(everything) == len(fields) == len(known["seconds"]):
         raise SystemExit(f"{folder}: wanted {len(everything)} fields, got {len(fields)}")
+    if known["pairs"] != pairs_and_digest()[1]:
+        raise SystemExit(f"{folder}: its pairs are others than those of {PACKED.name}")
     if name in CONFIGURATIONS:
         raise SystemExit(f"{folder}: {name!r} is measured here; give the job another name")
-    record = Record(WORK / "test.json", "test", RESULTS)
-    record.forget([name])
-    made = known["job"]["settings"] | {"package": "reglib", "provenance": known["provenance"]}
-    record.begin({name: made}, tasks(everything, [name]))
+    rows = []
     times = zip(known["seconds"], known["cpu_seconds"], strict=True)
     for case, u, (seconds, busy) in zip(everything, fields.split(1), times, strict=True):
         row: Row = case._asdict() | {"configuration": name, "seconds": seconds}
         row |= {"cpu_seconds": busy, "timed_out": False, "failed": None}
-        record.add(row | measure(load(case), u))
+        rows.append(row | measure(load(case), u))
+    record = Record(WORK / "test.json", "test", RESULTS)
+    record.forget([name])
+    made = known["job"]["settings"] | {"package": "reglib", "batch": known["job"]["batch"]}
+    record.begin({name: made}, tasks(everything, [name]))
+    # The code is that of the machines, whose commits are told, not of this one.
+    del record.configurations[name]["code"]
+    record.configurations[name]["machines"] = known["machines"]
+    for row in rows:
+        record.add(row)
     write(record, everything, make_environment())
 
 

@@ -5,7 +5,7 @@
     REGLIB_DATA=FOLDER python data_scripts/dip_lgg.py --add FOLDER
 
 The job names a configuration and how many pairs go side by side. It leaves the fields, in steps of
-1/1024 voxel, which ``--add`` measures like all others and puts into results/dip_lgg.json. Nothing
+1/256 voxel, which ``--add`` measures like all others and puts into results/dip_lgg.json. Nothing
 but torch, numpy and the library is imported, and what is there is not done again.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import hashlib
 import io
 import json
 import os
@@ -31,8 +32,8 @@ from reglib.methods.pair import Pair
 from reglib.objectives import similarity
 
 PACKED = ROOT / "build" / "dip_lgg" / "pairs.npz"
-#: Of a voxel: fields are kept as 16 bits.
-UNIT = 1 / 1024
+#: Of a voxel: fields are kept as 16 bits, and what is longer than 128 voxels as that.
+UNIT = 1 / 256
 #: Pairs whose fields lie in one file: 16 MiB hold 64 of 256 x 256.
 IN_A_FILE = 59
 RECORD = "fields.json"
@@ -83,21 +84,35 @@ def fields_in(folder: Path) -> Tensor:
     return torch.cat(found) if found else torch.zeros(0)
 
 
+def pairs_and_digest() -> tuple[list[Tensor], str]:
+    """Moving and fixed images in [0, 1], ``(N, 1, H, W)``, and what tells them from others."""
+    if not PACKED.is_file():
+        raise SystemExit(f"{PACKED.name} is missing: run data_scripts/dip_lgg.py --pack first")
+    with np.load(PACKED) as file:
+        arrays = [file[part] for part in ("moving", "fixed")]
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
+    return [torch.from_numpy(array).float() / 65535 for array in arrays], digest
+
+
 def run(job: dict[str, Any], folder: Path) -> None:
     """Do what is missing of a job.
 
     Args:
         job: ``name`` and ``settings`` of the configuration, and ``batch``, pairs side by side.
-        folder: where fields and the record go.
+        folder: where fields and the record go: ``seconds`` and ``cpu_seconds`` are shares of a
+            pair in its batch, ``machines`` those that took part.
     """
-    with np.load(PACKED) as file:
-        images = [torch.from_numpy(file[part]) for part in ("moving", "fixed")]
+    images, digest = pairs_and_digest()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings, record = job["settings"], folder / RECORD
-    known: dict[str, Any] = {"job": job, "seconds": [], "cpu_seconds": []}
-    known["provenance"] = provenance()
+    known: dict[str, Any] = {"job": job, "pairs": digest, "seconds": [], "cpu_seconds": []}
+    known["machines"] = []
     if record.exists():
         known = json.loads(record.read_text())
+        if known["pairs"] != digest:
+            raise SystemExit(f"{folder}: begun with other pairs; remove it to begin again")
+    if provenance() not in known["machines"]:
+        known["machines"].append(provenance())
     done = len(known["seconds"])
     fields = fields_in(folder)[:done]  # a file may be one batch ahead of the record
     stored = (fields / UNIT).round().short().numpy()
@@ -105,15 +120,13 @@ def run(job: dict[str, Any], folder: Path) -> None:
     while done < len(images[0]):
         # A batch does not go beyond its file.
         end = min(done + job["batch"], (done // IN_A_FILE + 1) * IN_A_FILE, len(images[0]))
-        some = [(x[done:end].float() / 65535).to(device) for x in images]
+        some = [x[done:end].to(device) for x in images]
         begin, busy = time.perf_counter(), time.process_time()
         with computing_in(settings.get("autocast"), device):
             found = fitted(method, *some).float().cpu()
         seconds = (time.perf_counter() - begin) / (end - done)
         busy = (time.process_time() - busy) / (end - done)
-        if not bool(found.abs().max() < 2**15 * UNIT):
-            raise ValueError(f"pairs {done} to {end}: wanted less than {2**15 * UNIT:g} voxels")
-        new = (found / UNIT).round().short().numpy()
+        new = (found / UNIT).round().clamp(-(2**15), 2**15 - 1).short().numpy()
         stored = np.concatenate([stored, new]) if done else new
         number = done // IN_A_FILE
         _write(folder / f"fields_{number}.npz", stored[number * IN_A_FILE : end])

@@ -53,8 +53,9 @@ from benchmark_classical import Case, Loaded, known_or_stop, register_all, run_r
 from benchmark_record import Record, Row, summarise
 from fcn_networks import EMBEDDED, LOCAL, SEEDS, load, whole_dice
 from provenance import ROOT, provenance
+from table_networks import trained
 from torch import Tensor
-from trainings import configuration, trained, trained_or_stop
+from trainings import configuration, trained_or_stop
 
 from reglib.data.nifti import Image
 from reglib.geometry.sampling import warp_labels

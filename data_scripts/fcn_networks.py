@@ -20,8 +20,9 @@ import numpy as np
 import torch
 import trainings
 from provenance import ROOT
+from table_networks import AnyNetwork, UNet, save
 from torch import Tensor, nn
-from trainings import AnyNetwork, Stream, Trainings, UNet
+from trainings import Stream, Trainings
 
 from reglib.geometry.sampling import warp, warp_labels
 from reglib.methods import fcn
@@ -261,7 +262,7 @@ def train(
         "trained_on": "150 crops of the Medical Segmentation Decathlon, Task04 (splits.json)",
         "licence": "weights: Apache-2.0; data: CC BY-SA 4.0 (Simpson et al., arXiv:1902.09063)",
     }
-    trainings.save(network, path, card)
+    save(network, path, card)
     return record
 
 

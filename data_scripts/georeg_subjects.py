@@ -20,8 +20,8 @@ the plane:
   MNI152 as the data are. Test subjects are in groups of three, in each of which everyone is moving
   to the next; structures that both slices show are compared.
 - ``T1 to T2``: the same, the fixed slice made like a T2 by a curve of intensities, with noise.
-- ``T2 to T1, known``: slices of the two patients of open_ms, who have both contrasts on one grid.
-  T2 is moving; fixed is T1, deformed as in the synthetic table (Brownian, middle strength), which
+- ``T1 to T2, known``: slices of the two patients of open_ms, who have both contrasts on one grid.
+  T1 is moving; fixed is T2, deformed as in the synthetic table (Brownian, middle strength), which
   is the truth. No network has seen a real T2.
 - ``layers``: a phantom in place of retinal scans, see oct_phantom.py; its truth is known.
 
@@ -60,8 +60,9 @@ from georeg_synthetic import AFFINE, PIXELS, artificial_pair, method_of, overlap
 from georeg_synthetic_networks import SEEDS, Cell, Pairs, deformed, endpoint_error, load
 from inr_zurich import settings_of
 from provenance import ROOT, provenance
+from table_networks import trained
 from torch import Tensor
-from trainings import configuration, trained, trained_or_stop
+from trainings import trained_or_stop
 
 from reglib.data.assets import fetch
 from reglib.data.conform import resample
@@ -77,7 +78,7 @@ RESULTS = {
     BRAINS: ROOT / "results" / "georeg_subjects.json",
     LAYERS: ROOT / "results" / "georeg_layers.json",
 }
-T1, T2, KNOWN = "T1 to T1", "T1 to T2", "T2 to T1, known"
+T1, T2, KNOWN = "T1 to T1", "T1 to T2", "T1 to T2, known"
 
 #: Of open_ms: patients, axial planes of the grid of IXI, and deformations of each slice.
 PATIENTS, PLANES, DRAWS = ("patient07", "patient19"), (34, 38, 42, 46, 50), 2
@@ -87,15 +88,17 @@ CELL = Cell("Brownian", 2)
 PROTOCOL: dict[str, Any] = {
     "mean_dice": f"of structures that have {PIXELS} pixels or more in both images; labels warped "
     "nearest; a pair that failed or took too long counts as unregistered.",
-    "hd95": "of the same, mean, in pixels (of 2 mm, of brains).",
+    "hd95": "of the same, mean, in pixels (of 2 mm, of brains); one that the transform leaves "
+    "nowhere counts with the diagonal of the image.",
     "error": "mean distance from the truth, in pixels (of 2 mm, of brains), where the fixed image "
     "shows the brain, or a layer, and the truth stays in the image.",
     "folding": "share of pixels with a determinant of at most 0; folding_inside without two at "
-    "each side.",
+    "each side; ndv: area that is turned over, as a share.",
     "curve": networks.CURVE,
     "seconds": "wall clock of the call that registers, imports warm, no files read.",
     "interval": "95 %, percentile bootstrap: groups of three subjects, patients, or pairs of "
-    "layers are drawn whole; seeds of a network are averaged first.",
+    "layers are drawn whole; seeds of a network are averaged first. Of two patients that is only "
+    "the range of their means.",
     "threads": peers.THREADS,
     "cap_seconds": CAP,
 }
@@ -121,12 +124,9 @@ PEERS: dict[str, dict[str, Any]] = {
 def configurations(kind: str) -> dict[str, dict[str, Any]]:
     """Peers, ours, and every network and seed that was trained for that kind of images."""
     found = PEERS | {name: settings_of(methods) for name, methods in METHODS.items()}
-    steps = networks.TRAININGS.steps()
     named = [name for name, (_, own) in networks.NETWORKS.items() if own == kind]
     for name, seed in itertools.product(named, SEEDS):
-        training = networks.RECIPES[networks.NETWORKS[name][0]].as_json() | {"steps": steps[name]}
-        path = networks.TRAININGS.weights(name, seed)
-        found[f"{name}, seed {seed}"] = configuration(path, training=training)
+        found[f"{name}, seed {seed}"] = networks.TRAININGS.configuration(name, seed)
     return found
 
 
@@ -164,7 +164,7 @@ def cases(kind: str, part: str) -> list[Case]:
     ]
     if part == "test":  # there are no more than these patients
         found += [
-            Case(KNOWN, f"{patient} t2 {plane} {draw}", f"{patient} t1 {plane} {draw}", cluster)
+            Case(KNOWN, f"{patient} t1 {plane} {draw}", f"{patient} t2 {plane} {draw}", cluster)
             for cluster, patient in enumerate(PATIENTS)
             for plane in PLANES
             for draw in range(DRAWS)
@@ -174,12 +174,15 @@ def cases(kind: str, part: str) -> list[Case]:
 
 @functools.cache
 def patient_volumes(patient: str) -> tuple[Tensor, Tensor]:
-    """T1 and T2 of a patient on the grid of IXI, in [0, 1]."""
+    """T1 and T2 of a patient on the grid of IXI, in [0, 1], and 0 where there is no brain."""
     grid = read_image(fetch("ixi_2mm") / "mni152_t1_2mm.nii.gz")
-    images = (read_image(fetch("open_ms") / f"{patient}_{one}.nii.gz") for one in ("t1", "t2"))
-    shape = tuple(grid.tensor.shape[2:])
-    t1, t2 = (scaled(resample(x.tensor, x.affine, grid.affine, shape)) for x in images)
-    return t1, t2
+    t1, t2 = (read_image(fetch("open_ms") / f"{patient}_{one}.nii.gz") for one in ("t1", "t2"))
+    place = grid.affine, tuple(grid.tensor.shape[2:])
+    # Resampling smooths: around the brain is a rim that is not quite 0.
+    brain = resample((t1.tensor > 0).float(), t1.affine, *place) > 0.5
+    found = (scaled(brain * resample(image.tensor, image.affine, *place)) for image in (t1, t2))
+    moving, fixed = (brain * image.clamp_min(1e-6) for image in found)
+    return moving, fixed
 
 
 def load_pair(case: Case, part: str) -> Loaded:
@@ -202,13 +205,13 @@ def load_pair(case: Case, part: str) -> Loaded:
 
 
 def known_pair(name: str) -> Loaded:
-    """A T2 and the T1 of the same slice, moved by what is known."""
+    """A T1 and the T2 of the same slice, moved by what is known."""
     patient, _, plane, draw = name.split()
     t1, t2 = (volume[..., int(plane)] for volume in patient_volumes(patient))
     seed = networks.SEED_OF_TEST + 100 * PATIENTS.index(patient) + 2 * int(plane) + int(draw)
-    pairs = deformed(t1, [CELL], torch.Generator().manual_seed(seed))
-    truth = pairs._replace(moving=t2)
-    return Loaded(Image(t2, AFFINE), Image(pairs.fixed, AFFINE), 0, None, None, truth)
+    pairs = deformed(t2, [CELL], torch.Generator().manual_seed(seed))
+    truth = pairs._replace(moving=t1)
+    return Loaded(Image(t1, AFFINE), Image(pairs.fixed, AFFINE), 0, None, None, truth)
 
 
 # --- Measuring --------------------------------------------------------------------------------
@@ -253,14 +256,27 @@ def summarise(rows: Sequence[Row], ours: Collection[str] = ()) -> dict[str, Any]
 # --- The table --------------------------------------------------------------------------------
 
 
-def test(kind: str, part: str, only: Sequence[str] | None, again: Sequence[str]) -> None:
-    """Register and measure."""
+Configurations = dict[str, dict[str, Any]]
+
+
+def asked_for(only: Sequence[str] | None, again: Sequence[str]) -> dict[str, Configurations]:
+    """What is to run of each kind; stops unless all names are known and all weights there."""
+    every = {kind: configurations(kind) for kind in RESULTS}
+    known_or_stop([*(only or []), *again], {UNREGISTERED}.union(*every.values()))
+    found = {
+        kind: {name: own for name, own in each.items() if only is None or name in only}
+        for kind, each in every.items()
+    }
+    for wanted in found.values():
+        trained_or_stop(wanted)
+    return found
+
+
+def test(kind: str, part: str, wanted: Configurations, again: Sequence[str]) -> None:
+    """Register and measure the configurations that are wanted."""
     final = part == "test"
     if final and provenance()["uncommitted_changes"]:
         raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
-    all_of_them = configurations(kind)
-    wanted = {name: own for name, own in all_of_them.items() if only is None or name in only}
-    trained_or_stop(wanted)
     record = Record(WORK / f"{kind}_{part}.json", part, RESULTS[kind] if final else None)
     record.forget(again)
     everything = cases(kind, part)
@@ -269,7 +285,7 @@ def test(kind: str, part: str, only: Sequence[str] | None, again: Sequence[str])
     register_all(
         record,
         everything,
-        all_of_them if final else wanted,
+        configurations(kind) if final else wanted,
         functools.partial(load_pair, part=part),
         __file__,
         WORK,
@@ -312,11 +328,9 @@ def main() -> None:
         known_or_stop(names, networks.NETWORKS)
         networks.train_all(names)
     if options.command in ("test", None):
-        only, again = getattr(options, "only", None), getattr(options, "again", [])
-        known = {UNREGISTERED}.union(*(configurations(kind) for kind in RESULTS))
-        known_or_stop([*(only or []), *again], known)
-        for kind in RESULTS:
-            test(kind, getattr(options, "split", "test"), only, again)
+        again = getattr(options, "again", [])
+        for kind, wanted in asked_for(getattr(options, "only", None), again).items():
+            test(kind, getattr(options, "split", "test"), wanted, again)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from georeg_synthetic_networks import NETWORKS as RECIPES
 from georeg_synthetic_networks import NOISE, SEEDS, TRAINING_PLANES, load
 from oct_phantom import Scans, piecewise
 from provenance import ROOT
+from table_networks import save
 from torch import Tensor, nn
 from trainings import Stream, Trainings
 
@@ -46,10 +47,11 @@ NETWORKS: dict[str, tuple[str, str]] = {
 
 # --- Pairs ------------------------------------------------------------------------------------
 
-#: A T1 like a T2: intensities in T1 (0 is background, fluid about 0.4, grey matter 0.6, white
-#: matter 0.8) and what is shown in their place, roughly the medians over the T1 and T2 templates of
-#: MNI152 and the patients of open_ms. In training each height is off by up to ``JITTER``.
-CURVE = {0.0: 0.0, 0.1: 0.3, 0.3: 0.95, 0.45: 0.9, 0.6: 0.65, 0.8: 0.45, 1.0: 0.35}
+#: A T1 like a T2: intensities in T1 and what is shown in their place, linear in between. Background
+#: is 0 in both; fluid is about 0.4 in the T1 of IXI, grey matter 0.6 and white matter 0.8; heights
+#: are roughly the medians of MNI152's T2 template in ventricles, cortex and white matter. In
+#: training each height but the first is off by up to ``JITTER``.
+CURVE = {0.0: 0.0, 0.1: 0.3, 0.35: 1.0, 0.57: 0.76, 0.8: 0.54, 1.0: 0.45}
 JITTER = 0.15
 
 
@@ -58,7 +60,7 @@ def remapped(images: Tensor, heights: Tensor | None = None) -> Tensor:
 
     Args:
         images: in [0, 1].
-        heights: of the knots, ``(B, 7)``; ``None`` for ``CURVE``.
+        heights: of the knots, ``(B, 6)``; ``None`` for ``CURVE``.
     """
     knots = images.new_tensor(list(CURVE)).expand(len(images), -1)
     if heights is None:
@@ -76,6 +78,12 @@ class SubjectPairs(Stream):
     """An endless stream of slices of two subjects in one plane.
 
     Each fixed image is as likely a T1 as it is a T1 remapped at random, with noise.
+
+    Args:
+        images: ``(subjects * planes, 1, *S)``, all planes of a subject after each other.
+        planes: of each subject.
+        batch: pairs.
+        seed: of the draws.
     """
 
     def __init__(self, images: Tensor, planes: int, batch: int, seed: int) -> None:
@@ -220,7 +228,7 @@ def train(
         "trained_on": of[kind],
         "licence": f"weights: Apache-2.0{licence[kind]}",
     }
-    trainings.save(network.cpu(), path, card)
+    save(network.cpu(), path, card)
     return record
 
 

@@ -22,8 +22,8 @@ strength is, as in the released code: uniform between minus and plus the amount.
 Networks, one of each kind and seed for all families, are trained on the mixture of all cells, on
 slices of training subjects, on one thread; each has as many steps as 7.5 minutes of one thread
 allowed on the machine that georeg_synthetic_steps.json names. A stopped training goes on from its
-checkpoint. GeoReg's settings were chosen on tuning subjects; VoxelMorph and FCN have those of
-fcn_networks.py, which were chosen on hippocampi.
+checkpoint. GeoReg's settings were chosen on tuning subjects; VoxelMorph and FCN have losses and
+learning rates of fcn_networks.py, which were chosen on hippocampi.
 
 ``test`` has peers (peers.py), our classical method and the networks register the same NIfTI files
 in processes of their own, with two threads, and measures everything from the fields that come
@@ -49,8 +49,9 @@ from benchmark_record import UNREGISTERED, Record, Row, compare, interval, key
 from brains import ixi_structures
 from georeg_synthetic_networks import CELLS, SEEDS, Cell, Pairs, load, pair_of
 from provenance import ROOT, provenance
+from table_networks import trained
 from torch import Tensor
-from trainings import configuration, trained, trained_or_stop
+from trainings import trained_or_stop
 
 from reglib.data.nifti import Image
 from reglib.geometry.grid import identity_grid
@@ -112,11 +113,8 @@ def configurations() -> dict[str, dict[str, Any]]:
     }
     for name, own in methods.items():
         found[name] = {"package": "reglib", "methods": own}
-    steps = networks.TRAININGS.steps()
     for name, seed in itertools.product(networks.NETWORKS, SEEDS):
-        training = networks.NETWORKS[name].as_json() | {"steps": steps[name]}
-        path = networks.TRAININGS.weights(name, seed)
-        found[f"{name}, seed {seed}"] = configuration(path, training=training)
+        found[f"{name}, seed {seed}"] = networks.TRAININGS.configuration(name, seed)
     for name, own in CONTINUED.items():
         found[f"{name}, then velocity"] = found[f"{name}, seed {SEEDS[0]}"] | {"methods": own}
     return found
@@ -200,7 +198,14 @@ def measure(pair: Known, u: Tensor) -> dict[str, Any]:
 
 
 def overlap(u: Tensor, moving: Tensor, fixed: Tensor, count: int) -> dict[str, Any]:
-    """Dice and HD95 of so many structures, where both images have enough of one, in the plane."""
+    """Dice and HD95 of structures that both images have enough of, in the plane.
+
+    Args:
+        u: displacement ``(1, 2, H, W)`` in pixels.
+        moving: labels from 1 to ``count``, ``(1, 1, H, W)``.
+        fixed: likewise.
+        count: structures.
+    """
     warped = warp_labels(moving, u)
     counts = [torch.bincount(x.flatten(), minlength=1 + count)[1:] for x in (moving, fixed)]
     seen = [1 + n for n, (a, b) in enumerate(zip(*counts, strict=True)) if min(a, b) >= PIXELS]

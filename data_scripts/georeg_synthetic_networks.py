@@ -18,8 +18,9 @@ import numpy as np
 import torch
 import trainings
 from provenance import ROOT
+from table_networks import AnyNetwork, UNet, save
 from torch import Tensor, nn
-from trainings import AnyNetwork, Stream, Trainings, UNet
+from trainings import Stream, Trainings
 
 from reglib.geometry.affine import affine_field, affine_matrix, grid_centre
 from reglib.geometry.sampling import transform_grid, warp, warp_labels
@@ -378,7 +379,7 @@ def train(
         "trained_on": "IXI, 100 brains at 2 mm (splits.json), deformed at random",
         "licence": "weights: Apache-2.0; data: CC BY-SA 3.0 (IXI)",
     }
-    trainings.save(network.cpu(), path, card)
+    save(network.cpu(), path, card)
     return record
 
 

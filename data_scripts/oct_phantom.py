@@ -40,7 +40,7 @@ UNEVEN = 0.25
 #: that a layer loses; each is uniform below that.
 SHIFT, RISE, THINNING = 25.0, 8.0, 0.5
 #: Independent looks that speckle is averaged over.
-LOOKS = 4.0
+LOOKS = 4
 
 
 class Scans(NamedTuple):
@@ -97,7 +97,7 @@ def _picture(edges: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
     under = (depth - edges[..., -1:]).clamp_min(0)
     mean = mean * (-under / 20).exp()
     # A mean of exponentials: the sum of LOOKS of them is Gamma distributed.
-    looks = torch.rand(int(LOOKS), *mean.shape, generator=generator, device=device)
+    looks = torch.rand(LOOKS, *mean.shape, generator=generator, device=device)
     speckle = -looks.clamp_min(1e-7).log().mean(0)
     scan = (mean * speckle).sqrt().clamp(0, 1.5) / 1.5
     labels = torch.where(band <= len(LAYERS), band, torch.zeros_like(band))

@@ -1,14 +1,12 @@
 """What tables of trained networks share: steps that fit into a time, trainings and their records.
 
 A script has :class:`Trainings` of its own and a function that trains one network. Nothing but
-torch, numpy, safetensors and the library is imported, as machines that only train have no more;
-MONAI only for its own network.
+torch, numpy, safetensors and the library is imported, as machines that only train have no more.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -27,9 +25,7 @@ import torch
 from provenance import ROOT, provenance, write_json
 from torch import Tensor, nn
 
-from reglib.methods import fcn, georeg
 from reglib.training import fit
-from reglib.weights import load_weights, save_weights
 
 #: Trains a network, given its name, seed and steps and, by keyword, ``path`` and what else a job
 #: says; it writes the weights to ``path`` (None: to their own place) and returns a record, JSON,
@@ -60,70 +56,6 @@ class Stream:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from there."""
         self.generator.set_state(state["generator"].cpu())
-
-
-# --- Networks -------------------------------------------------------------------------------
-
-
-class UNet(nn.Module):
-    """MONAI's VoxelMorph with the channels of its documentation.
-
-    Args:
-        dimensions: 2 or 3 spatial axes.
-        integration: of the velocity at half resolution, squarings; 0 makes its output the
-            displacement.
-        near_identity: start with a field near 0; False leaves MONAI's first weights.
-    """
-
-    def __init__(
-        self, dimensions: int = 3, integration: int = 7, *, near_identity: bool = False
-    ) -> None:
-        super().__init__()
-        from monai.networks.nets import VoxelMorph
-
-        self.voxelmorph = VoxelMorph(spatial_dims=dimensions, integration_steps=integration)
-        if near_identity:
-            *_, last = (
-                m for m in self.voxelmorph.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)
-            )
-            nn.init.normal_(last.weight, std=1e-5)
-            assert last.bias is not None
-            nn.init.zeros_(last.bias)
-        self.settings = {"dimensions": dimensions, "integration": integration}
-        self.card: dict[str, Any] = {
-            "input": {"channels": 1, "range": [0.0, 1.0], "size_multiple": 16}
-        }
-
-    def forward(self, moving: Tensor, fixed: Tensor) -> fcn.Output:
-        """The field, as the only level of an output that the objective of FCN understands."""
-        field = self.voxelmorph(moving, fixed)[1]
-        return fcn.Output(field, (fcn.Level(1, field),))
-
-
-AnyNetwork = georeg.GeoReg | fcn.FCN | fcn.ComposedFCN | UNet
-
-
-def save(network: AnyNetwork, path: Path, card: Mapping[str, Any]) -> None:
-    """Write weights and settings as one file, with what else the card says."""
-    if isinstance(network, UNet):
-        own = {"method": "monai", "settings": network.settings}
-        save_weights(network, path, network.card | dict(card) | own)
-    else:
-        (georeg if isinstance(network, georeg.GeoReg) else fcn).save(network, path, card=card)
-
-
-@functools.cache
-def trained(path: str) -> AnyNetwork:
-    """A network from its file, in evaluation mode."""
-    state, card = load_weights(path)
-    if card["method"] == "georeg":
-        return georeg.load(path)
-    if card["method"] != "monai":
-        return fcn.load(path)
-    network = UNet(**card["settings"])
-    network.load_state_dict(state)
-    network.card = card
-    return network.eval()
 
 
 # --- Trainings ------------------------------------------------------------------------------
@@ -191,7 +123,10 @@ def learn(
 
 
 def curve(losses: Sequence[float], count: int = 100) -> list[float]:
-    """The losses of all steps as at least so many means of equal parts, or one for each step."""
+    """The losses of all steps as at least so many means of parts, or one for each step.
+
+    Parts are equal but for the last, which may be shorter.
+    """
     size = max(1, len(losses) // count)
     parts = (losses[k : k + size] for k in range(0, len(losses), size))
     return [round(statistics.fmean(part), 5) for part in parts]
@@ -227,14 +162,19 @@ class Trainings:
         found: list[dict[str, Any]] = json.loads(self.log.read_text()) if self.log.exists() else []
         return found
 
+    def configuration(self, name: str, seed: int) -> dict[str, Any]:
+        """Settings of a trained network that registers; what is not known is None."""
+        known = {(run["network"], run["seed"]): run["training"] for run in self.records()}
+        return configuration(self.weights(name, seed), training=known.get((name, seed)))
+
     def calibrate(self, steps: Mapping[str, Callable[[], object]]) -> None:
         """Measure a step of every network, all in turn, and write how many ``seconds`` allow."""
         torch.set_num_threads(1)
-        begin, before = time.perf_counter(), timing.load()
+        start, before = time.perf_counter(), timing.load()
         found = timing.in_turn(steps, repeats=5)
         # Two digits.
         allowed = {name: int(float(f"{self.seconds / one:.2g}")) for name, one in found.items()}
-        run = timing.run_of("cpu", begin, before, step_seconds=found)
+        run = timing.run_of("cpu", start, before, step_seconds=found)
         content = {"limit_seconds": self.seconds, "steps": allowed, "measured": run}
         write_json(self.calibration, content)
         print(json.dumps(allowed, indent=1))
@@ -303,7 +243,8 @@ def configuration(path: Path, **own: Any) -> dict[str, Any]:
 
 
 def trained_or_stop(configurations: Mapping[str, Mapping[str, Any]]) -> None:
-    """Stop if the weights of one are missing."""
-    found = [n for n, own in configurations.items() if "weights" in own and own["sha256"] is None]
+    """Stop if the weights of one are missing, or nothing is known about its training."""
+    asked = {name: own for name, own in configurations.items() if "weights" in own}
+    found = [name for name, own in asked.items() if None in (own["sha256"], own.get("training", 0))]
     if found:
         raise SystemExit(f"not trained yet: {found}")

@@ -192,15 +192,6 @@ def displacement_error(case: Loaded, u: Tensor) -> dict[str, float]:
     }
 
 
-# --- The run --------------------------------------------------------------------------------
-
-
-def register_all(*arguments: Any, **options: Any) -> dict[str, Any] | None:
-    """:func:`benchmark_classical.register_all` with the measures and tables of this module."""
-    own = {"measure": measure, "summary": summarise, "show": table}
-    return benchmark_classical.register_all(*arguments, **(own | options))
-
-
 # --- The tables -----------------------------------------------------------------------------
 
 
@@ -299,3 +290,11 @@ def table(content: dict[str, Any]) -> str:
                 + f"{s['seconds']:9.2f} {s['failed']:3d}/{s['pairs']}"
             )
     return "\n".join(lines)
+
+
+# --- The run --------------------------------------------------------------------------------
+
+#: :func:`benchmark_classical.register_all` with the measures and tables of this module.
+register_all = functools.partial(
+    benchmark_classical.register_all, measure=measure, summary=summarise, show=table
+)

@@ -123,8 +123,9 @@ def test_the_papers_network_sees_ten_pairs_and_three_of_them_with_the_noise_kept
         assert len(set(few)) == 10
         assert {c.set for c in few} == {"T1"}
         assert len(set(fewer)) == 3
+        assert set(fewer) < set(few)
         for some in (few, fewer):
-            assert some == sorted(some, key=few.index)
+            assert some == sorted(some, key=everything.index)
 
 
 @pytest.fixture
@@ -559,7 +560,8 @@ def test_a_job_leaves_fields_that_are_measured_like_all_others(packed, tmp_path,
         assert row["seconds"] > 0
     made = whole["configurations"]["DIP elsewhere"]
     assert made["dip"] == settings["dip"]
-    assert made["provenance"]["commit"]
+    assert made["batch"] == 2
+    assert [machine["gpu"] for machine in made["machines"]] == [None]
     assert whole["sets"]["T1"]["DIP elsewhere"]["pairs"] == 2
     script.add(out)  # again: in place of the first
     again = json.loads(script.RESULTS.read_text())
@@ -567,7 +569,7 @@ def test_a_job_leaves_fields_that_are_measured_like_all_others(packed, tmp_path,
 
 
 def test_the_committed_job_is_the_papers_network_and_its_fields_fit_into_what_comes_back():
-    content = json.loads((SCRIPTS / "gpu_jobs" / "004_dip_lgg.json").read_text())
+    content = json.loads((SCRIPTS / "gpu_jobs" / "800_dip_lgg.json").read_text())
     own = script.PAPERS["DIP, paper"]
     assert content["settings"]["settings"] == {name: own[name] for name in ("dip", "autocast")}
     assert content["settings"]["name"] not in script.CONFIGURATIONS
@@ -576,8 +578,21 @@ def test_the_committed_job_is_the_papers_network_and_its_fields_fit_into_what_co
     assert -(-pairs // job.IN_A_FILE) <= 2
 
 
-def test_a_field_beyond_its_bits_is_not_written(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "fitted", lambda *_: torch.full((1, 2, *SHAPE), 32.0))
-    with pytest.raises(ValueError, match="wanted less than 32 voxels"):
-        job.run({"name": "far", "settings": {"dip": {"preset": "fast"}}, "batch": 1}, tmp_path)
-    assert not (tmp_path / "fields.json").exists()
+def test_a_field_beyond_its_bits_is_cut_and_other_pairs_are_turned_down(
+    packed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(job, "fitted", lambda _, m, f: torch.full((len(m), 2, *SHAPE), 200.0))
+    out = tmp_path / "out"
+    out.mkdir()
+    wanted = {"name": "far", "settings": {"dip": {"preset": "fast"}}, "batch": 4}
+    job.run(wanted, out)
+    assert job.fields_in(out).unique().tolist() == [128 - job.UNIT]
+    with np.load(job.PACKED) as file:
+        arrays = {part: file[part][::-1] for part in file.files}
+    np.savez(job.PACKED, **arrays)
+    for act in (lambda: job.run(wanted, out), lambda: script.add(out)):
+        with pytest.raises(SystemExit, match="other"):
+            act()
+    job.PACKED.unlink()
+    with pytest.raises(SystemExit, match="--pack"):
+        job.run(wanted, out)

@@ -201,9 +201,7 @@ def test_a_calibration_says_how_many_steps_the_limit_allows(boxes, monkeypatch):
     assert written["limit_seconds"] == limit
     for name, seconds in written["measured"]["step_seconds"].items():
         # Two digits of the quotient are kept.
-        assert written["steps"][name] == pytest.approx(
-            networks.TRAININGS.seconds / seconds, rel=0.06
-        )
+        assert written["steps"][name] == pytest.approx(limit / seconds, rel=0.06)
         assert networks.steps_of(name) == written["steps"][name]
     assert networks.steps_of(networks.EMBEDDED) == 2 * written["steps"]["FCN, composed"]
 

@@ -412,9 +412,7 @@ def test_a_calibration_says_how_many_steps_the_limit_allows(small):
     assert written["limit_seconds"] == limit
     for name, seconds in written["measured"]["step_seconds"].items():
         # Two digits of the quotient are kept.
-        assert written["steps"][name] == pytest.approx(
-            networks.TRAININGS.seconds / seconds, rel=0.06
-        )
+        assert written["steps"][name] == pytest.approx(limit / seconds, rel=0.06)
         assert networks.TRAININGS.steps()[name] == written["steps"][name]
 
 

@@ -206,7 +206,7 @@ known = {{name.split(".")[0] for name in sys.modules}} | set(sys.stdlib_module_n
 known |= {{"torchgen", "functorch", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "triton"}}
 known |= {{"reglib", "pretraining", "brains", "timing", "provenance", "fcn_networks"}}
 known |= {{"georeg_synthetic_networks", "georeg_subjects_networks", "oct_phantom"}}
-known |= {{"trainings", "dip_lgg_job"}}
+known |= {{"trainings", "table_networks", "dip_lgg_job"}}
 
 class Nothing:
     def find_spec(self, name, path=None, target=None):

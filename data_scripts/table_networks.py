@@ -1,0 +1,77 @@
+"""Networks of the tables: MONAI's U-Net beside the library's own, in files and out of them.
+
+Nothing but torch, numpy, safetensors and the library is imported, and MONAI for its own network.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from reglib.methods import fcn, georeg
+from reglib.weights import load_weights, save_weights
+
+
+class UNet(nn.Module):
+    """MONAI's VoxelMorph with the channels of its documentation.
+
+    Args:
+        dimensions: 2 or 3 spatial axes.
+        integration: of the velocity at half resolution, squarings; 0 makes its output the
+            displacement.
+        near_identity: start with a field near 0; False leaves MONAI's first weights.
+    """
+
+    def __init__(
+        self, dimensions: int = 3, integration: int = 7, *, near_identity: bool = False
+    ) -> None:
+        super().__init__()
+        from monai.networks.nets import VoxelMorph
+
+        self.voxelmorph = VoxelMorph(spatial_dims=dimensions, integration_steps=integration)
+        if near_identity:
+            *_, last = (
+                m for m in self.voxelmorph.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)
+            )
+            nn.init.normal_(last.weight, std=1e-5)
+            assert last.bias is not None
+            nn.init.zeros_(last.bias)
+        self.settings = {"dimensions": dimensions, "integration": integration}
+        self.card: dict[str, Any] = {
+            "input": {"channels": 1, "range": [0.0, 1.0], "size_multiple": 16}
+        }
+
+    def forward(self, moving: Tensor, fixed: Tensor) -> fcn.Output:
+        """The field, as the only level of an output that the objective of FCN understands."""
+        field = self.voxelmorph(moving, fixed)[1]
+        return fcn.Output(field, (fcn.Level(1, field),))
+
+
+AnyNetwork = georeg.GeoReg | fcn.FCN | fcn.ComposedFCN | UNet
+
+
+def save(network: AnyNetwork, path: Path, card: Mapping[str, Any]) -> None:
+    """Write weights and settings as one file, with what else the card says."""
+    if isinstance(network, UNet):
+        own = {"method": "monai", "settings": network.settings}
+        save_weights(network, path, network.card | dict(card) | own)
+    else:
+        (georeg if isinstance(network, georeg.GeoReg) else fcn).save(network, path, card=card)
+
+
+@functools.cache
+def trained(path: str) -> AnyNetwork:
+    """A network from its file, in evaluation mode."""
+    state, card = load_weights(path)
+    if card["method"] == "georeg":
+        return georeg.load(path)
+    if card["method"] != "monai":
+        return fcn.load(path)
+    network = UNet(**card.get("settings", {}))  # older files have none
+    network.load_state_dict(state)
+    network.card = card
+    return network.eval()
