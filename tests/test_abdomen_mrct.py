@@ -204,10 +204,10 @@ def test_prepare_run_and_results(folder, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(script, "provenance", lambda: {"uncommitted_changes": False})
     monkeypatch.setattr(benchmark, "make_environment", lambda: Path(sys.executable))
     monkeypatch.setattr(benchmark, "CAP", benchmark.CAP)  # the script sets its own
-    monkeypatch.setattr(volumes, "versions", lambda python: {"torch": "2"})
+    monkeypatch.setattr(benchmark, "versions", lambda python: {"torch": "2"})
 
     class Fake:
-        def __init__(self, python, folder, file, logs):
+        def __init__(self, python, folder, file, logs, *, warm):
             assert Path(file).name == "abdomen_mrct.py"
             self.files = {part: folder / f"{part}.nii" for part in ("moving", "fixed", "field")}
 
@@ -222,7 +222,7 @@ def test_prepare_run_and_results(folder, tmp_path, monkeypatch, capsys) -> None:
             write_field(self.files["field"], truth(), AFFINE)
             return {"seconds": 0.5, "cpu_seconds": 0.5}
 
-    monkeypatch.setattr(volumes, "Workers", Fake)
+    monkeypatch.setattr(benchmark, "Workers", Fake)
     script.main(["prepare", str(folder)])
     assert "0001, 0007" in capsys.readouterr().out
     script.main(["run"])
