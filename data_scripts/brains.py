@@ -15,7 +15,6 @@ and no picture and no weight is made from it.
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from provenance import write_npz
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,13 +142,8 @@ def pack_malf(path: Path = PACKED_MALF) -> None:
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    from reglib.data.files import write_bytes
-
-    memory = io.BytesIO()
-    np.savez_compressed(memory, **arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, memory.getvalue())
-    print(f"{path}: {len(arrays) // 2} brains, {len(memory.getvalue()) / 2**20:.1f} MiB")
+    write_npz(path, **arrays)
+    print(f"{path}: {len(arrays) // 2} brains, {path.stat().st_size / 2**20:.1f} MiB")
 
 
 def load(part: str, path: Path = PACKED) -> Brains:

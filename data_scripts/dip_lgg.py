@@ -86,7 +86,7 @@ from benchmark_record import (
 )
 from brains import scaled
 from dip_lgg_job import PACKED, RECORD, computing_in, dip_of, fields_in, pairs_and_digest
-from provenance import ROOT, provenance, write_json
+from provenance import ROOT, provenance, write_json, write_npz
 from scipy import ndimage
 from torch import Tensor
 
@@ -469,10 +469,7 @@ def pack() -> None:
         .astype(np.uint16)
         for part in ("moving", "fixed")
     }
-    PACKED.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = PACKED.with_suffix(".part.npz")
-    np.savez_compressed(unfinished, **arrays)
-    os.replace(unfinished, PACKED)
+    write_npz(PACKED, **arrays)
     print(f"{PACKED}: {len(pairs)} pairs, {PACKED.stat().st_size / 2**20:.1f} MiB")
 
 

@@ -11,12 +11,9 @@ but torch, numpy and the library is imported, and what is there is not done agai
 
 from __future__ import annotations
 
-import argparse
 import collections
 import hashlib
-import io
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from provenance import ROOT, provenance, write_json
+from provenance import ROOT, provenance, write_json, write_npz
 from torch import Tensor
+from trainings import job_of_queue
 
 from reglib.methods import dip
 from reglib.methods.pair import Pair
@@ -64,15 +62,6 @@ def fitted(method: dip.DIP, moving: Tensor, fixed: Tensor) -> Tensor:
     pair = Pair(moving, fixed, affine, affine, None, None, still, start)
     [last] = collections.deque(method(pair), maxlen=1)
     return last.transform()[1]
-
-
-def _write(path: Path, fields: np.ndarray) -> None:
-    """A file of fields, whole or not at all."""
-    memory = io.BytesIO()
-    np.savez_compressed(memory, fields=fields)
-    part = path.with_suffix(".part")
-    part.write_bytes(memory.getvalue())
-    os.replace(part, path)
 
 
 def fields_in(folder: Path) -> Tensor:
@@ -129,7 +118,7 @@ def run(job: dict[str, Any], folder: Path) -> None:
         new = (found / UNIT).round().clamp(-(2**15), 2**15 - 1).short().numpy()
         stored = np.concatenate([stored, new]) if done else new
         number = done // IN_A_FILE
-        _write(folder / f"fields_{number}.npz", stored[number * IN_A_FILE : end])
+        write_npz(folder / f"fields_{number}.npz", fields=stored[number * IN_A_FILE : end])
         known["seconds"] += [round(seconds, 3)] * (end - done)
         known["cpu_seconds"] += [round(busy, 3)] * (end - done)
         write_json(record, known)
@@ -137,16 +126,5 @@ def run(job: dict[str, Any], folder: Path) -> None:
         print(f"{done} of {len(images[0])} pairs, {seconds:.1f} s each", flush=True)
 
 
-def main() -> None:
-    """Do a job of the GPU queue."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--settings", type=Path, required=True, help="of the job")
-    parser.add_argument("--out", type=Path, required=True, help="its folder")
-    options = parser.parse_args()
-    run(json.loads(options.settings.read_text()), options.out)
-
-
 if __name__ == "__main__":
-    main()
+    run(*job_of_queue(__doc__))

@@ -38,7 +38,6 @@ once, and a stopped run continues there.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 from collections.abc import Collection, Sequence
@@ -55,7 +54,7 @@ from fcn_networks import EMBEDDED, LOCAL, SEEDS, load, whole_dice
 from provenance import ROOT, provenance
 from table_networks import trained
 from torch import Tensor
-from trainings import configuration, trained_or_stop
+from trainings import configuration, table_parser, trained_or_stop
 
 from reglib.data.nifti import Image
 from reglib.geometry.sampling import warp_labels
@@ -218,20 +217,10 @@ def test(part: str, pairs: int | None, only: Sequence[str] | None) -> None:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command")
-    commands.add_parser("pack")
-    learn = commands.add_parser("train")
-    learn.add_argument("names", nargs="*", metavar="NAME", help=", ".join(networks.NETWORKS))
-    commands.add_parser("calibrate")
-    commands.add_parser("embed")
-    judge = commands.add_parser("test")
-    judge.add_argument("--split", choices=("test", "validation"), default="test")
+    parser, commands, judge = table_parser(__doc__, networks.NETWORKS, "validation")
+    for name in ("pack", "embed"):
+        commands.add_parser(name)
     judge.add_argument("--pairs", type=int, help="at most so many (validation)")
-    judge.add_argument("--only", nargs="+", metavar="NAME", help="these configurations")
     options = parser.parse_args()
     if options.serve:
         peers.serve({"reglib": functools.partial(run_reglib, methods_of=methods_of)})

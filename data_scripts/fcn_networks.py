@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import trainings
-from provenance import ROOT
+from provenance import ROOT, write_npz
 from table_networks import AnyNetwork, UNet, save
 from torch import Tensor, nn
 from trainings import Stream, Trainings
@@ -65,10 +64,7 @@ def pack() -> None:
         population = hippocampus(origin="msd", members=names)
         arrays[f"{part}/images"] = (255 * population.images).round().byte().numpy()
         arrays[f"{part}/labels"] = population.labels.byte().numpy()
-    PACKED.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = PACKED.with_suffix(".part.npz")
-    np.savez_compressed(unfinished, **arrays)
-    os.replace(unfinished, PACKED)
+    write_npz(PACKED, **arrays)
     print(f"{PACKED}: {PACKED.stat().st_size / 2**20:.1f} MiB")
 
 

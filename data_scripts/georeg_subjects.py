@@ -39,7 +39,6 @@ continues there.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import statistics
@@ -62,7 +61,7 @@ from inr_zurich import settings_of
 from provenance import ROOT, provenance
 from table_networks import trained
 from torch import Tensor
-from trainings import trained_or_stop
+from trainings import table_parser, trained_or_stop
 
 from reglib.data.assets import fetch
 from reglib.data.conform import resample
@@ -279,12 +278,10 @@ def test(kind: str, part: str, wanted: Configurations, again: Sequence[str]) -> 
         raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
     record = Record(WORK / f"{kind}_{part}.json", part, RESULTS[kind] if final else None)
     record.forget(again)
-    everything = cases(kind, part)
-    sets = list(dict.fromkeys(case.set for case in everything))
     trainings = networks.TRAININGS.records()
     register_all(
         record,
-        everything,
+        cases(kind, part),
         configurations(kind) if final else wanted,
         functools.partial(load_pair, part=part),
         __file__,
@@ -295,7 +292,6 @@ def test(kind: str, part: str, wanted: Configurations, again: Sequence[str]) -> 
         head={
             "script": "data_scripts/georeg_subjects.py",
             "protocol": PROTOCOL,
-            "sets": sets,
             "training": [run for run in trainings if networks.NETWORKS[run["network"]][1] == kind],
         },
         summary=summarise,
@@ -305,17 +301,7 @@ def test(kind: str, part: str, wanted: Configurations, again: Sequence[str]) -> 
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command")
-    learn = commands.add_parser("train")
-    learn.add_argument("names", nargs="*", metavar="NAME", help=", ".join(networks.NETWORKS))
-    commands.add_parser("calibrate")
-    judge = commands.add_parser("test")
-    judge.add_argument("--split", choices=("test", "tuning"), default="test")
-    judge.add_argument("--only", nargs="+", metavar="NAME", help="these configurations")
+    parser, _, judge = table_parser(__doc__, networks.NETWORKS, "tuning")
     judge.add_argument("--again", nargs="+", default=[], metavar="NAME", help="measure anew")
     options = parser.parse_args()
     if options.serve:

@@ -247,9 +247,7 @@ def calibrate() -> None:
 
 def train_all(names: Sequence[str]) -> None:
     """Train what is missing."""
-    steps = TRAININGS.steps()
-    tasks = [(name, seed, steps[name]) for seed in SEEDS for name in names]
-    TRAININGS.train_missing(train, tasks, "tuning_dice")
+    TRAININGS.train_missing(train, TRAININGS.tasks(names, SEEDS), "tuning_dice")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ into build/georeg_synthetic/ at once, and a stopped run continues there.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import math
@@ -51,7 +50,7 @@ from georeg_synthetic_networks import CELLS, SEEDS, Cell, Pairs, load, pair_of
 from provenance import ROOT, provenance
 from table_networks import trained
 from torch import Tensor
-from trainings import trained_or_stop
+from trainings import table_parser, trained_or_stop
 
 from reglib.data.nifti import Image
 from reglib.geometry.grid import identity_grid
@@ -382,18 +381,8 @@ def head() -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command")
-    learn = commands.add_parser("train")
-    learn.add_argument("names", nargs="*", metavar="NAME", help=", ".join(networks.NETWORKS))
-    commands.add_parser("calibrate")
-    judge = commands.add_parser("test")
-    judge.add_argument("--split", choices=("test", "tuning"), default="test")
+    parser, _, judge = table_parser(__doc__, networks.NETWORKS, "tuning")
     judge.add_argument("--pairs", type=int, help="at most so many of each cell (tuning)")
-    judge.add_argument("--only", nargs="+", metavar="NAME", help="these configurations")
     judge.add_argument("--again", nargs="+", default=[], metavar="NAME", help="measure anew")
     options = parser.parse_args()
     if options.serve:

@@ -385,9 +385,7 @@ def train(
 
 def train_all(names: Sequence[str]) -> None:
     """Train what is missing."""
-    steps = TRAININGS.steps()
-    tasks = [(name, seed, steps[name]) for seed in SEEDS for name in names]
-    TRAININGS.train_missing(train, tasks, "tuning_error")
+    TRAININGS.train_missing(train, TRAININGS.tasks(names, SEEDS), "tuning_error")
 
 
 if __name__ == "__main__":

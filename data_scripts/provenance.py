@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import platform
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from reglib.data.files import write_bytes
@@ -64,3 +66,11 @@ def provenance() -> dict[str, object]:
 def write_json(path: Path, content: object) -> None:
     """Write JSON through a temporary file, so that a stopped script leaves the old one whole."""
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as one compressed file, whole or not at all; makes its folder."""
+    memory = io.BytesIO()
+    np.savez_compressed(memory, **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, memory.getvalue())

@@ -6,6 +6,7 @@ torch, numpy, safetensors and the library is imported, as machines that only tra
 
 from __future__ import annotations
 
+import abc
 import argparse
 import hashlib
 import json
@@ -14,7 +15,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ Train = Callable[..., dict[str, Any]]
 # --- Streams of pairs -----------------------------------------------------------------------
 
 
-class Stream:
+class Stream(abc.ABC):
     """What draws at random without end, says where it is, and can be put there again.
 
     So a training that is resumed sees what it would have seen.
@@ -45,9 +46,9 @@ class Stream:
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
 
+    @abc.abstractmethod
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Moving and fixed, without end."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the generator."""
@@ -209,23 +210,33 @@ class Trainings:
                 words = record["network"], record["seed"], record["seconds"], record[quality][-1]
                 print(f"{number}/{len(missing)}", *words, flush=True)
 
+    def tasks(self, names: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int, int]]:
+        """Name, seed and steps of every network, all of a seed after each other."""
+        steps = self.steps()
+        return [(name, seed, steps[name]) for seed in seeds for name in names]
+
     def do_job(self, train: Train, about: str | None) -> None:
         """Do a job of the GPU queue, which names network, seed and steps, and what else there is.
 
         Weights and record go into its folder.
         """
-        parser = argparse.ArgumentParser(
-            description=about, formatter_class=argparse.RawTextHelpFormatter
-        )
-        parser.add_argument("--settings", type=Path, required=True, help="of the job")
-        parser.add_argument("--out", type=Path, required=True, help="its folder")
-        options = parser.parse_args()
-        job = json.loads(options.settings.read_text())
+        job, folder = job_of_queue(about)
         name, seed, steps = (job.pop(part) for part in ("network", "seed", "steps"))
-        path = options.out / self.weights(name, seed).name
+        path = folder / self.weights(name, seed).name
         record = train(name, seed, steps, **job, path=path)
         path.with_suffix(".checkpoint").unlink(missing_ok=True)
         write_json(path.with_suffix(".json"), record)
+
+
+def job_of_queue(about: str | None) -> tuple[dict[str, Any], Path]:
+    """Settings and folder of a job of the GPU queue, from the command line."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--settings", type=Path, required=True, help="of the job")
+    parser.add_argument("--out", type=Path, required=True, help="its folder")
+    options = parser.parse_args()
+    return json.loads(options.settings.read_text()), options.out
 
 
 # --- What a table is told -------------------------------------------------------------------
@@ -248,3 +259,30 @@ def trained_or_stop(configurations: Mapping[str, Mapping[str, Any]]) -> None:
     found = [name for name, own in asked.items() if None in (own["sha256"], own.get("training", 0))]
     if found:
         raise SystemExit(f"not trained yet: {found}")
+
+
+def table_parser(
+    about: str | None, names: Collection[str], other: str
+) -> tuple[argparse.ArgumentParser, Any, argparse.ArgumentParser]:
+    """The command line that scripts of such tables share.
+
+    Args:
+        about: the script's own words.
+        names: of the networks.
+        other: the part of the split that development looks at.
+
+    Returns:
+        The parser, its commands and the command ``test``, for what else a script has.
+    """
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command")
+    learn = commands.add_parser("train")
+    learn.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
+    commands.add_parser("calibrate")
+    judge = commands.add_parser("test")
+    judge.add_argument("--split", choices=("test", other), default="test")
+    judge.add_argument("--only", nargs="+", metavar="NAME", help="these configurations")
+    return parser, commands, judge
