@@ -93,7 +93,7 @@ def learn(
         network: where it is to be trained.
         pairs: what it is trained on, without end.
         loss: of its output, the moving and the fixed image.
-        path: of its weights; they are not written.
+        path: of its weights; they are not written. Its folder is made.
         steps: of the optimiser.
         lr: learning rate.
         validate: of the network; less is better.
@@ -102,6 +102,7 @@ def learn(
     Returns:
         What every record of a training holds, and what ``validate`` said.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     history = fit(
         network,
         pairs,

@@ -442,9 +442,12 @@ def test_a_trained_network_comes_back_from_its_file_and_registers(small, name):
 
 
 def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(small, monkeypatch, work):
-    """After the first of three steps; the checkpoint has the stream of pairs in it."""
+    """After the first of three steps; the checkpoint has the stream of pairs in it.
+
+    Its folder is not there before.
+    """
     monkeypatch.setattr(networks, "VALIDATE_EVERY", 1)
-    whole = networks.train("GeoReg", 0, 3, path=work / "whole.safetensors")
+    whole = networks.train("GeoReg", 0, 3, path=work / "new" / "whole.safetensors")
 
     def stopped(network, pairs, loss, **options):
         looks = []
@@ -460,13 +463,15 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(small, monkeypat
 
     monkeypatch.setattr(networks.trainings, "fit", stopped)
     with pytest.raises(KeyboardInterrupt):
-        networks.train("GeoReg", 0, 3, path=work / "parts.safetensors")
+        networks.train("GeoReg", 0, 3, path=work / "new" / "parts.safetensors")
     monkeypatch.setattr(networks.trainings, "fit", fit)
-    assert not (work / "parts.safetensors").exists()
-    parts = networks.train("GeoReg", 0, 3, path=work / "parts.safetensors")
+    assert not (work / "new" / "parts.safetensors").exists()
+    parts = networks.train("GeoReg", 0, 3, path=work / "new" / "parts.safetensors")
     assert parts["loss"] == whole["loss"]
     assert parts["tuning_error"] == whole["tuning_error"]
-    one, other = (georeg.load(work / f"{n}.safetensors").state_dict() for n in ("whole", "parts"))
+    one, other = (
+        georeg.load(work / "new" / f"{n}.safetensors").state_dict() for n in ("whole", "parts")
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
