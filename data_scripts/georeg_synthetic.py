@@ -15,8 +15,9 @@ during calibrate and test: seconds count.
 The paper (Sideri-Lampretsa et al., arXiv:2412.13294) has such a table; its numbers are lost, so
 these are ours. Pairs: an axial slice of a brain of IXI (2 mm, 80 x 96) is moving; fixed is the same
 slice warped by a random field, with noise added. The field is the truth: a fractal ("Brownian")
-field, a rotation, a scaling of each axis, a translation, or all of them added up, at three
-strengths, without any affine alignment before. georeg_synthetic_networks.py says how much each
+field, to which a rotation, a scaling of each axis, a translation or all of them are added, at three
+strengths, without any affine alignment before. Where an affine part grows with the strength, the
+fractal field stays as it is at the first. georeg_synthetic_networks.py says how much each
 strength is, as in the released code: uniform between minus and plus the amount.
 
 Networks, one of each kind and seed for all families, are trained on the mixture of all cells, on
@@ -72,6 +73,8 @@ PIXELS = 20
 PROTOCOL: dict[str, Any] = {
     "pairs": f"{PER_CELL} of each cell; the subjects of the part of splits.json in turn.",
     "amounts": networks.AMOUNTS,
+    "families": "what grows with the strength; the rest is 0, but for the Brownian field, which is "
+    "in every family, at least with its first amount.",
     "noise": networks.NOISE,
     "endpoint_error": "mean distance from the true field, in voxels of 2 mm, where the fixed grid "
     "shows the brain and the true field stays in the image; a pair that failed or took too long "

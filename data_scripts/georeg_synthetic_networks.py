@@ -57,8 +57,10 @@ AMOUNTS: dict[str, tuple[float, float, float]] = {
     "scaling": (0.1, 0.2, 0.3),
     "translation": (0.1, 0.2, 0.3),
 }
-#: One part alone, or all of them.
+#: What grows with the strength: one part, or all of them. There is noise in each, as in the paper's
+#: table, and the least of it where it does not grow.
 FAMILIES = (*AMOUNTS, "all")
+LEAST = {"Brownian": AMOUNTS["Brownian"][0]}
 STRENGTHS = (1, 2, 3)
 
 
@@ -79,8 +81,10 @@ CELLS = tuple(Cell(family, strength) for family in FAMILIES for strength in STRE
 
 def amounts(cells: Sequence[Cell], part: str) -> Tensor:
     """The most there is of one part in each cell, ``(B, 1)``."""
+    least = LEAST.get(part, 0.0)
     own = [
-        AMOUNTS[part][cell.strength - 1] if cell.family in (part, "all") else 0.0 for cell in cells
+        AMOUNTS[part][cell.strength - 1] if cell.family in (part, "all") else least
+        for cell in cells
     ]
     return torch.tensor(own).unsqueeze(1)
 
