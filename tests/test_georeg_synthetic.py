@@ -628,7 +628,7 @@ def test_nothing_is_written_while_a_row_is_missing(work, tmp_path, monkeypatch, 
 
 def rows_of(**errors: list[float]) -> list[dict]:
     """Made-up rows of one cell: the end-point errors of each configuration."""
-    others = {"hd95": 1.0, "mean_dice": 0.5, "folding_everywhere": 0.0, "seconds": 0.1}
+    others = dict.fromkeys(script.MEASURES, 0.0) | {"hd95": 1.0, "mean_dice": 0.5, "seconds": 0.1}
     return [
         {"set": "all 2", "moving": str(n), "fixed": str(n), "cluster": n, "configuration": name}
         | others
@@ -644,6 +644,7 @@ def test_goals_compare_with_the_best_other_network_and_with_ants():
         "unregistered": [9.0, 9.0],
         "GeoReg, seed 0": [1.0, 2.0],
         "GeoReg, seed 1": [2.0, 3.0],
+        "GeoReg, feature warping, seed 0": [3.0, 3.0],
         "VoxelMorph, seed 0": [4.0, 6.0],
         "FCN, seed 0": [4.0, 4.5],
         ants: [1.5, 1.5],
@@ -659,14 +660,17 @@ def test_goals_compare_with_the_best_other_network_and_with_ants():
     }
     assert found == {
         "end-point error, half of FCN": (2.0, 2.125, True),
+        "end-point error, half of GeoReg, feature warping": (2.0, 1.5, False),
         f"end-point error of {ants}": (2.0, 1.5, False),
         f"end-point error of {other}": (2.0, 3.0, True),
         "folding": (2e-4, 1e-3, True),
         "folding of FCN": (2e-4, 4.25e-4, True),
+        "folding of GeoReg, feature warping": (2e-4, 3e-4, True),
     }
     first = [row | {"set": "all 1"} for row in rows_of(**errors)]
     weak = script.summarise(first)["goals"]
-    assert {goal["what"] for goal in weak} == {"folding", "folding of FCN"}
+    folds = {"folding", "folding of FCN", "folding of GeoReg, feature warping"}
+    assert {goal["what"] for goal in weak} == folds
     for line in script.lines(summary["cells"]):
         assert len(line) == 32 + 14 + 12
 
