@@ -312,6 +312,30 @@ def estimate(tasks: Iterable[Key], rows: Iterable[Row], others: Iterable[Row] = 
     return sum(found.get((task[0], task[3]), 10.0) + 2 for task in tasks) / 60
 
 
+# --- Seeds ----------------------------------------------------------------------------------
+
+
+def method_of(name: str) -> str:
+    """What a configuration is a seed of."""
+    return name.rpartition(", seed ")[0] or name
+
+
+def over_seeds(rows: Sequence[Row], name: str) -> list[Row]:
+    """One row for each pair of one method; its value called ``name`` is the mean over seeds."""
+    pairs: dict[Key, list[Row]] = {}
+    for row in rows:
+        pairs.setdefault(key(row)[:3], []).append(row)
+    return [own[0] | {name: statistics.fmean(r[name] for r in own)} for own in pairs.values()]
+
+
+def of_each_seed(rows: Sequence[Row], name: str) -> list[float]:
+    """The mean value called ``name`` of every configuration."""
+    seeds: dict[str, list[float]] = {}
+    for row in rows:
+        seeds.setdefault(row["configuration"], []).append(row[name])
+    return [float(f"{statistics.fmean(own):.4g}") for own in seeds.values()]
+
+
 def table(content: dict[str, Any]) -> str:
     """The summary for the terminal; ``bad``: timed out, failed, or worse than before."""
     lines = []

@@ -38,7 +38,16 @@ from typing import Any, NamedTuple
 import torch
 import trainings
 from benchmark_classical import known_or_stop
-from benchmark_record import UNREGISTERED, Record, Row, compare, interval, key
+from benchmark_record import (
+    UNREGISTERED,
+    Record,
+    Row,
+    compare,
+    interval,
+    method_of,
+    of_each_seed,
+    over_seeds,
+)
 from georeg_synthetic_networks import SEEDS, Cell, Pairs, deformed, lncc_of_five, load
 from provenance import ROOT, provenance
 from table_networks import save, trained
@@ -124,11 +133,11 @@ def thick(pairs: Pairs, spacing: Sequence[float]) -> Thick:
     return Thick(moving, fixed, field, mask > 1 - 1e-4, tuple(spacing))
 
 
-def pair_of(part: str, place: int, spacing: Sequence[float]) -> Thick:
-    """The pair that tuning or test has of a subject, deformed alike for each spacing."""
+def pair_of(part: str, place: int) -> Pairs:
+    """The one pair that tuning or test has of a subject, for each spacing, at 2 mm."""
     begin = {"tuning": 6000, "test": 7000}[part]
     image = load(part, 3).images[place : place + 1]
-    return thick(deformed(image, [CELL], torch.Generator().manual_seed(begin + place)), spacing)
+    return deformed(image, [CELL], torch.Generator().manual_seed(begin + place))
 
 
 class ThickPairs(Stream):
@@ -259,7 +268,7 @@ def train(
     network = new(name).to(device)
     images = load("training", 3).images.to(device)
     places = range(len(load("tuning", 3).subjects))
-    watched = [pair_of("tuning", n, SEEN[n % len(SEEN)]) for n in places]
+    watched = [thick(pair_of("tuning", n), SEEN[n % len(SEEN)]) for n in places]
     watched = [
         Thick(*(x.to(device) if isinstance(x, Tensor) else x for x in pair)) for pair in watched
     ]
@@ -330,17 +339,19 @@ def test(part: str, only: Collection[str] | None) -> None:
     trained_or_stop(wanted)
     record = Record(WORK / f"{part}.json", part, RESULTS if final else None)
     subjects = load(part, 3).subjects
+    known = functools.lru_cache(1)(pair_of)  # of one subject at all spacings
     cases = [
         (set_of(spacing), subject, subject) for spacing in SEEN + UNSEEN for subject in subjects
     ]
     record.begin(wanted, [(*case, name) for case in cases for name in wanted])
+    names, done = (UNREGISTERED, *wanted), record.done
     for place, spacing in itertools.product(range(len(subjects)), SEEN + UNSEEN):
         case = (set_of(spacing), subjects[place], subjects[place])
-        missing = {(*case, name) for name in (UNREGISTERED, *wanted)} - record.done
-        pair = pair_of(part, place, spacing) if missing else None
-        for name in (UNREGISTERED, *wanted):
-            if pair is None or (*case, name) not in missing:
-                continue
+        missing = [name for name in names if (*case, name) not in done]
+        if not missing:
+            continue
+        pair = thick(known(part, place), spacing)
+        for name in missing:
             start = time.perf_counter()
             found = measure(registered(name, wanted.get(name, {}), pair), pair)
             row = dict(zip(("set", "moving", "fixed"), case, strict=True))
@@ -357,11 +368,6 @@ def test(part: str, only: Collection[str] | None) -> None:
     print(table(record.finish(cases, list(own), head, summary=summarise)))
 
 
-def method_of(name: str) -> str:
-    """What a configuration is a seed of."""
-    return name.partition(", seed ")[0]
-
-
 def summarise(rows: Sequence[Row], ours: Collection[str] = ()) -> dict[str, Any]:
     """Of each spacing: both networks, and how much nearer to the truth the told one is."""
     found: dict[str, Any] = {}
@@ -372,34 +378,22 @@ def summarise(rows: Sequence[Row], ours: Collection[str] = ()) -> dict[str, Any]
                 own.setdefault(method_of(row["configuration"]), []).append(row)
         found[name] = {method: means(of_it) for method, of_it in own.items()}
         if NETWORKS.keys() <= own.keys():
-            told, untold = (averaged(own[method]) for method in NETWORKS)
+            told, untold = (over_seeds(own[method], "error") for method in NETWORKS)
             found[name]["told minus untold"] = compare(
                 told, untold, "error", lambda row: float(row["error"])
             )
     return {"spacings": found}
 
 
-def averaged(rows: Sequence[Row]) -> list[Row]:
-    """One row for each pair: its mean over seeds."""
-    pairs: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        pairs.setdefault(key(row)[:3], []).append(row)
-    return [own[0] | {"error": statistics.fmean(r["error"] for r in own)} for own in pairs.values()]
-
-
 def means(rows: Sequence[Row]) -> dict[str, Any]:
     """Of one method at one spacing, over pairs and seeds."""
-    whole = averaged(rows)
+    whole = over_seeds(rows, "error")
     found: dict[str, Any] = {
         name: float(f"{statistics.fmean(row[name] for row in rows):.4g}")
         for name in ("error", "folding")
     }
     ends = interval([row["error"] for row in whole], [row["cluster"] for row in whole])
-    seeds: dict[str, list[float]] = {}
-    for row in rows:
-        seeds.setdefault(row["configuration"], []).append(row["error"])
-    each = [float(f"{statistics.fmean(own):.4g}") for own in seeds.values()]
-    return found | {"interval": ends, "seeds": each}
+    return found | {"interval": ends, "seeds": of_each_seed(rows, "error")}
 
 
 def table(content: dict[str, Any]) -> str:

@@ -51,11 +51,11 @@ import peers
 import torch
 import volumes
 from benchmark_classical import CAP, Case, known_or_stop, register_all, regularity, run_reglib
-from benchmark_record import UNREGISTERED, Record, Row, key
+from benchmark_record import UNREGISTERED, Record, Row, key, method_of
 from brains import ixi_structures, scaled
 from fcn_networks import places
 from georeg_subjects_networks import BRAINS, LAYERS
-from georeg_synthetic import AFFINE, PIXELS, artificial_pair, method_of, overlap
+from georeg_synthetic import AFFINE, PIXELS, artificial_pair, overlap
 from georeg_synthetic_networks import SEEDS, Cell, Pairs, deformed, endpoint_error, load
 from inr_zurich import settings_of
 from provenance import ROOT, provenance

@@ -46,7 +46,17 @@ import georeg_synthetic_networks as networks
 import peers
 import torch
 from benchmark_classical import CAP, Case, known_or_stop, register_all, run_reglib
-from benchmark_record import UNREGISTERED, Record, Row, compare, interval, key
+from benchmark_record import (
+    UNREGISTERED,
+    Record,
+    Row,
+    compare,
+    interval,
+    key,
+    method_of,
+    of_each_seed,
+    over_seeds,
+)
 from brains import ixi_structures
 from georeg_synthetic_networks import CELLS, SEEDS, Cell, Pairs, load, pair_of
 from provenance import ROOT, provenance
@@ -121,11 +131,6 @@ def configurations() -> dict[str, dict[str, Any]]:
     for name, own in CONTINUED.items():
         found[f"{name}, then velocity"] = found[f"{name}, seed {SEEDS[0]}"] | {"methods": own}
     return found
-
-
-def method_of(name: str) -> str:
-    """What a configuration is a seed of."""
-    return name.rpartition(", seed ")[0] or name
 
 
 def methods_of(settings: dict[str, Any]) -> list[Any]:
@@ -244,12 +249,8 @@ def means(rows: Sequence[Row]) -> dict[str, Any]:
     found["interval"] = interval(errors, [row["cluster"] for row in rows])
     found["folding_largest"] = max(row["folding"] for row in rows)
     found["failed"] = sum(row["timed_out"] or row["failed"] is not None for row in rows)
-    seeds: dict[str, list[float]] = {}
-    for row in rows:
-        seeds.setdefault(row["configuration"], []).append(row["endpoint_error"])
-    if len(seeds) > 1:
-        found["seeds"] = [float(f"{statistics.fmean(own):.4g}") for own in seeds.values()]
-    return found
+    seeds = of_each_seed(rows, "endpoint_error")
+    return found | ({"seeds": seeds} if len(seeds) > 1 else {})
 
 
 def error_of(row: Row) -> float:
@@ -284,17 +285,8 @@ def summarise(rows: Sequence[Row], ours: Collection[str] = ()) -> dict[str, Any]
 
 def averaged(one: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
     """How far the end-point error of one is above that of another, seeds averaged first."""
-
-    def each(rows: Sequence[Row]) -> list[Row]:
-        pairs: dict[tuple[str, ...], list[Row]] = {}
-        for row in rows:
-            pairs.setdefault(key(row)[:3], []).append(row)
-        return [
-            own[0] | {"endpoint_error": statistics.fmean(map(error_of, own))}
-            for own in pairs.values()
-        ]
-
-    return compare(each(one), each(other), "endpoint_error", error_of)
+    each = (over_seeds(rows, "endpoint_error") for rows in (one, other))
+    return compare(*each, "endpoint_error", error_of)
 
 
 def goals(cells: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:

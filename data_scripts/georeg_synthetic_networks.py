@@ -315,8 +315,9 @@ def _but(objective: Mapping[str, Any] | None = None, **settings: Any) -> Recipe:
     return Recipe("georeg", GEOREG | settings, changed, 2e-3, 4)
 
 
-#: What was tried on tuning pairs to bring GeoReg nearer to the truth, in the same time.
+#: A refinement of the finest level as well.
 FINEST: dict[str, Any] = {"neighbourhoods": [3, 3, 3, 5, 5], "iterations": [1, 1, 2, 3, 2]}
+#: What was tried on tuning pairs to bring GeoReg nearer to the truth, in the same time.
 EXPLORED: dict[str, Recipe] = {
     "finest level refined": _but(**FINEST),
     "finest level four times": _but({"level_weight": [4.0, 1.0, 1.0, 1.0, 1.0]}),
@@ -424,10 +425,9 @@ def train_all(names: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def by_cell(path: Path) -> dict[str, dict[str, float]]:
-    """What a trained network gives on the tuning pairs of each cell: error and folding."""
+def by_cell(path: Path, pairs: Pairs) -> dict[str, dict[str, float]]:
+    """What a trained network gives on the watched pairs of each cell: error and folding."""
     network, found = trained(str(path)), {}
-    pairs = tuning_pairs(VALIDATED)
     for number, cell in enumerate(CELLS):
         own = Pairs(*(x[VALIDATED * number :][:VALIDATED] for x in pairs))
         field: Tensor = network(own.moving, own.fixed).field
@@ -441,15 +441,13 @@ def explore() -> None:
     """Train what was tried, and write what each gave on tuning pairs, beside GeoReg."""
     if not EXPLORATION.calibration.is_file():
         calibrate(EXPLORED, EXPLORATION)
-    steps = EXPLORATION.steps()
-    tasks = [(name, SEEDS[0], steps[name]) for name in EXPLORED]
-    EXPLORATION.train_missing(train, tasks, "tuning_error")
-    runs = []
+    EXPLORATION.train_missing(train, EXPLORATION.tasks(list(EXPLORED), SEEDS[:1]), "tuning_error")
+    pairs, runs = tuning_pairs(VALIDATED), []
     for kept in (TRAININGS, EXPLORATION):
         for run in kept.records():
             if run["training"]["kind"] != "georeg":
                 continue
-            cells = by_cell(kept.weights(run["network"], run["seed"]))
+            cells = by_cell(kept.weights(run["network"], run["seed"]), pairs)
             own = {k: v for k, v in run.items() if k != "loss"}
             runs.append(own | {"mean": own["tuning_error"][-1], "cells": cells})
             print(f"{run['network']:34} {run['seed']} {run['tuning_error'][-1]:.3f}")
