@@ -7,10 +7,11 @@
 Without a command the last two run. For development there are
 
     python data_scripts/georeg_synthetic.py calibrate             # how many steps to train
+    python data_scripts/georeg_synthetic.py explore               # other forms, tuning pairs
     python data_scripts/georeg_synthetic.py test --split tuning --pairs 2
     python data_scripts/georeg_synthetic.py embed                 # a network -> reglib/
 
-of which the second takes other subjects and writes nothing into results/. Leave the machine alone
+of which the third takes other subjects and writes nothing into results/. Leave the machine alone
 during calibrate and test: seconds count.
 
 The paper (Sideri-Lampretsa et al., arXiv:2412.13294) has such a table; its numbers are lost, so
@@ -401,6 +402,7 @@ def main() -> None:
     """Parse the command line."""
     parser, commands, judge = table_parser(__doc__, networks.NETWORKS, "tuning")
     commands.add_parser("embed")
+    commands.add_parser("explore")
     judge.add_argument("--pairs", type=int, help="at most so many of each cell (tuning)")
     judge.add_argument("--again", nargs="+", default=[], metavar="NAME", help="measure anew")
     options = parser.parse_args()
@@ -411,6 +413,8 @@ def main() -> None:
         networks.calibrate()
     if options.command == "embed":
         networks.embed()
+    if options.command == "explore":
+        networks.explore()
     if options.command in ("train", None):
         names = getattr(options, "names", None) or list(networks.NETWORKS)
         unknown = set(names) - set(networks.NETWORKS)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import trainings
 from oct_phantom import piecewise
-from provenance import ROOT
-from table_networks import AnyNetwork, UNet, save
+from provenance import ROOT, write_json
+from table_networks import AnyNetwork, UNet, save, trained
 from torch import Tensor, nn
 from torch.nn import functional
 from trainings import Stream, Trainings
@@ -28,6 +28,7 @@ from reglib.geometry.affine import affine_field, affine_matrix, grid_centre
 from reglib.geometry.sampling import transform_grid, warp, warp_labels
 from reglib.geometry.smoothing import gaussian_smooth
 from reglib.methods import fcn, georeg
+from reglib.objectives.metrics import folding
 from reglib.objectives.regularity import diffusion, total_variation
 from reglib.objectives.similarity import lncc, ncc
 from reglib.synth import brownian_field
@@ -366,6 +367,34 @@ NETWORKS: dict[str, Recipe] = {
         "georeg", GEOREG, SUPERVISED, 2e-3, 4, SEEDS[:1], longer=("GeoReg", 8), others=True
     ),
 }
+
+
+def _but(objective: Mapping[str, Any] | None = None, **settings: Any) -> Recipe:
+    """GeoReg's recipe with something else."""
+    changed = SUPERVISED | dict(objective or {})
+    return Recipe("georeg", GEOREG | settings, changed, 2e-3, 4)
+
+
+#: What was tried on tuning pairs to bring GeoReg nearer to the truth, in the same time.
+FINEST: dict[str, Any] = {"neighbourhoods": [3, 3, 3, 5, 5], "iterations": [1, 1, 2, 3, 2]}
+EXPLORED: dict[str, Recipe] = {
+    "finest level refined": _but(**FINEST),
+    "finest level four times": _but({"level_weight": [4.0, 1.0, 1.0, 1.0, 1.0]}),
+    "half the regularity": _but({"regularity_weight": [0.5, 0.25, 0.1, 0.05, 0.025]}),
+    "learned interpolation everywhere": _but(interpolation=2),
+    "finest level refined, four times": _but({"level_weight": [4.0, 1.0, 1.0, 1.0, 1.0]}, **FINEST),
+    "without the coarsest": _but(
+        {"regularity_weight": [1.0, 0.5, 0.2, 0.1]},
+        channels=[8, 16, 32, 64],
+        neighbourhoods=[0, 3, 3, 5],
+        iterations=[0, 1, 2, 4],
+        interpolation=[0, 0, 2],
+    ),
+}
+EXPLORATION = Trainings(
+    WORK / "explored", ROOT / "data_scripts" / "georeg_synthetic_explored_steps.json", seconds=450.0
+)
+EXPLORED_RESULTS = ROOT / "results" / "georeg_synthetic_tuning.json"
 #: Those whose field is composed of integrated velocities, so that it does not fold.
 DIFFEOMORPHIC = ("VoxelMorph", "FCN, composed")
 
@@ -380,16 +409,17 @@ def stream(recipe: Recipe, seed: int, dimensions: int, device: str) -> DeformedP
     return DeformedPairs(images, recipe.batch, seed, planes=planes, others=recipe.others)
 
 
-def calibrate() -> None:
-    """Measure a step of every network and write how many the time allows."""
+def calibrate(recipes: Mapping[str, Recipe] | None = None, own: Trainings | None = None) -> None:
+    """Measure a step of every network and write how many the time allows; ``None``: the table's."""
 
     def step_of(recipe: Recipe) -> Callable[[], object]:
         network, loss = recipe.network(2), recipe.loss()
         pairs = stream(recipe, 0, 2, "cpu")
         return lambda: fit(network, pairs, loss, steps=1, lr=recipe.lr, progress=False)
 
-    each = {name: recipe for name, recipe in NETWORKS.items() if recipe.longer is None}
-    TRAININGS.calibrate({name: step_of(recipe) for name, recipe in each.items()})
+    each = NETWORKS if recipes is None else recipes
+    each = {name: recipe for name, recipe in each.items() if recipe.longer is None}
+    (own or TRAININGS).calibrate({name: step_of(recipe) for name, recipe in each.items()})
 
 
 def steps_of(name: str) -> int:
@@ -430,7 +460,8 @@ def train(
     Returns:
         What is known about the training, JSON.
     """
-    recipe, path = NETWORKS[name], path or TRAININGS.weights(name, seed)
+    recipe, own = (NETWORKS | EXPLORED)[name], EXPLORATION if name in EXPLORED else TRAININGS
+    path = path or own.weights(name, seed)
     recipe, device = recipe._replace(batch=batch or recipe.batch), trainings.begin(seed)
     network = recipe.network(dimensions).to(device)
     watched = Pairs(*(x.to(device) for x in tuning_pairs(VALIDATED, dimensions)))
@@ -449,7 +480,7 @@ def train(
     record: dict[str, Any] = {"network": name, "seed": seed, "training": training} | found
     record |= {"tuning_every": VALIDATE_EVERY, "tuning_error": errors}
     record["tuning_error_before"] = round(float(still), 4)
-    multiple = {"georeg": 2 ** (len(GEOREG["channels"]) - 1)}.get(recipe.kind, 16)
+    multiple = network.size_multiple if isinstance(network, georeg.GeoReg) else 16
     card = {key: value for key, value in record.items() if key not in ("loss", "tuning_every")} | {
         "input": {"channels": 1, "size_multiple": multiple},
         "trained_on": "IXI, 100 brains at 2 mm (splits.json), deformed at random"
@@ -480,6 +511,41 @@ def train_all(names: Sequence[str]) -> None:
     """Train what is missing."""
     seeds = {name: NETWORKS[name].seeds for name in names}
     TRAININGS.train_missing(train, trainings.tasks(seeds, steps_of), "tuning_error")
+
+
+@torch.no_grad()
+def by_cell(path: Path) -> dict[str, dict[str, float]]:
+    """What a trained network gives on the tuning pairs of each cell: error and folding."""
+    network, found = trained(str(path)), {}
+    pairs = tuning_pairs(VALIDATED)
+    for number, cell in enumerate(CELLS):
+        own = Pairs(*(x[VALIDATED * number :][:VALIDATED] for x in pairs))
+        field: Tensor = network(own.moving, own.fixed).field
+        values = endpoint_error(field, own), folding(field, mask=own.mask.float())
+        error, folds = (float(f"{float(x.mean()):.4g}") for x in values)
+        found[cell.name] = {"endpoint_error": error, "folding": folds}
+    return found
+
+
+def explore() -> None:
+    """Train what was tried, and write what each gave on tuning pairs, beside GeoReg."""
+    if not EXPLORATION.calibration.is_file():
+        calibrate(EXPLORED, EXPLORATION)
+    steps = EXPLORATION.steps()
+    tasks = [(name, SEEDS[0], steps[name]) for name in EXPLORED]
+    EXPLORATION.train_missing(train, tasks, "tuning_error")
+    runs = []
+    for kept in (TRAININGS, EXPLORATION):
+        for run in kept.records():
+            if run["training"]["kind"] != "georeg":
+                continue
+            cells = by_cell(kept.weights(run["network"], run["seed"]))
+            own = {k: v for k, v in run.items() if k != "loss"}
+            runs.append(own | {"mean": own["tuning_error"][-1], "cells": cells})
+            print(f"{run['network']:34} {run['seed']} {run['tuning_error'][-1]:.3f}")
+    about = f"{VALIDATED} tuning pairs of each cell; nothing here has seen a test pair"
+    head = {"script": "data_scripts/georeg_synthetic.py explore", "protocol": about}
+    write_json(EXPLORED_RESULTS, head | {"runs": runs})
 
 
 if __name__ == "__main__":

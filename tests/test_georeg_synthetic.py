@@ -544,6 +544,39 @@ def test_what_is_trained_for_longer_takes_so_many_times_the_steps_of_another(sma
     assert networks.NETWORKS[name].settings == networks.NETWORKS[like].settings
 
 
+def test_what_was_tried_stands_beside_georeg_on_tuning_pairs(small, monkeypatch, work):
+    """Trained in this process; the table is of tuning pairs alone."""
+    name = "finest level refined"
+    tried = {name: small_networks()["GeoReg"]}
+    monkeypatch.setattr(networks, "EXPLORED", tried)
+    monkeypatch.setattr(
+        networks, "EXPLORATION", networks.Trainings(work / "explored", work / "explored.json")
+    )
+    monkeypatch.setattr(networks, "EXPLORED_RESULTS", work / "tuning.json")
+
+    def here(self, train, tasks, quality):
+        networks.trainings.write_json(self.log, [train(*task) for task in tasks])
+
+    monkeypatch.setattr(networks.Trainings, "train_missing", here)
+    networks.TRAININGS.train_missing(networks.train, [("GeoReg", 0, 2), ("FCN", 0, 2)], "")
+    networks.EXPLORATION.calibration.write_text(json.dumps({"steps": {name: 2}}))
+    networks.explore()
+    content = json.loads((work / "tuning.json").read_text())
+    assert [run["network"] for run in content["runs"]] == ["GeoReg", name]
+    for run in content["runs"]:
+        assert list(run["cells"]) == [cell.name for cell in networks.CELLS]
+        mean = np.mean([cell["endpoint_error"] for cell in run["cells"].values()])
+        assert run["mean"] == pytest.approx(mean, rel=1e-3)
+
+
+def test_every_form_that_was_tried_is_a_network():
+    for name, recipe in networks.EXPLORED.items():
+        assert json.loads(json.dumps(recipe.as_json()))["kind"] == "georeg", name
+        network = recipe.network(2)
+        x = torch.rand(1, 1, 32, 32)
+        assert recipe.loss()(network(x, x), x, x)["regularity"] >= 0
+
+
 def test_training_never_looks_at_a_test_subject(small, monkeypatch):
     looked, load = [], networks.load
     monkeypatch.setattr(
