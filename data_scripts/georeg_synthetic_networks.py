@@ -347,6 +347,8 @@ SUPERVISED: dict[str, Any] = {
     "similarity": lncc_of_five,
     "regularity_weight": [1.0, 0.5, 0.2, 0.1, 0.05],
 }
+#: The best of what was tried on tuning pairs (``EXPLORED``).
+FINER = SUPERVISED | {"level_weight": [4.0, 1.0, 1.0, 1.0, 1.0]}
 LOCAL: dict[str, Any] = {"similarity": lncc, "regularity": diffusion, "regularity_weight": 1.0}
 AS_ITS_PAPER: dict[str, Any] = {
     "similarity": ncc,
@@ -364,7 +366,7 @@ NETWORKS: dict[str, Recipe] = {
     "FCN": Recipe("fcn", {}, AS_ITS_PAPER, 1e-3, 4),
     "FCN, composed": Recipe("composed fcn", {}, LOCAL, 1e-3, 4),
     "GeoReg, varied": Recipe(
-        "georeg", GEOREG, SUPERVISED, 2e-3, 4, SEEDS[:1], longer=("GeoReg", 8), others=True
+        "georeg", GEOREG, FINER, 2e-3, 4, SEEDS[:1], longer=("GeoReg", 8), others=True
     ),
 }
 
@@ -380,10 +382,10 @@ FINEST: dict[str, Any] = {"neighbourhoods": [3, 3, 3, 5, 5], "iterations": [1, 1
 #: What was tried on tuning pairs to bring GeoReg nearer to the truth, in the same time.
 EXPLORED: dict[str, Recipe] = {
     "finest level refined": _but(**FINEST),
-    "finest level four times": _but({"level_weight": [4.0, 1.0, 1.0, 1.0, 1.0]}),
+    "finest level four times": _but(FINER),
     "half the regularity": _but({"regularity_weight": [0.5, 0.25, 0.1, 0.05, 0.025]}),
     "learned interpolation everywhere": _but(interpolation=2),
-    "finest level refined, four times": _but({"level_weight": [4.0, 1.0, 1.0, 1.0, 1.0]}, **FINEST),
+    "finest level refined, four times": _but(FINER, **FINEST),
     "without the coarsest": _but(
         {"regularity_weight": [1.0, 0.5, 0.2, 0.1]},
         channels=[8, 16, 32, 64],
@@ -531,7 +533,8 @@ def explore() -> None:
     """Train what was tried, and write what each gave on tuning pairs, beside GeoReg."""
     if not EXPLORATION.calibration.is_file():
         calibrate(EXPLORED, EXPLORATION)
-    EXPLORATION.train_missing(train, EXPLORATION.tasks(list(EXPLORED), SEEDS[:1]), "tuning_error")
+    every = trainings.tasks(dict.fromkeys(EXPLORED, SEEDS[:1]), EXPLORATION.steps().__getitem__)
+    EXPLORATION.train_missing(train, every, "tuning_error")
     pairs, runs = tuning_pairs(VALIDATED), []
     for kept in (TRAININGS, EXPLORATION):
         for run in kept.records():
