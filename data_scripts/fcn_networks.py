@@ -280,9 +280,8 @@ def embedded_record() -> dict[str, Any]:
 
 def train_all(names: Sequence[str]) -> None:
     """Train what is missing."""
-    wanted = [(name, seed) for seed in SEEDS for name in names if seed in NETWORKS[name].seeds]
-    tasks = [(*task, steps_of(task[0])) for task in wanted]
-    TRAININGS.train_missing(train, tasks, "dice")
+    seeds = {name: NETWORKS[name].seeds for name in names}
+    TRAININGS.train_missing(train, trainings.tasks(seeds, steps_of), "dice")
 
 
 if __name__ == "__main__":

@@ -247,7 +247,8 @@ def calibrate() -> None:
 
 def train_all(names: Sequence[str]) -> None:
     """Train what is missing."""
-    TRAININGS.train_missing(train, TRAININGS.tasks(names, SEEDS), "tuning_dice")
+    every = trainings.tasks(dict.fromkeys(names, SEEDS), TRAININGS.steps().__getitem__)
+    TRAININGS.train_missing(train, every, "tuning_dice")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,16 @@ import brains
 import numpy as np
 import torch
 import trainings
+from oct_phantom import piecewise
 from provenance import ROOT, write_json
 from table_networks import AnyNetwork, UNet, save, trained
 from torch import Tensor, nn
+from torch.nn import functional
 from trainings import Stream, Trainings
 
 from reglib.geometry.affine import affine_field, affine_matrix, grid_centre
 from reglib.geometry.sampling import transform_grid, warp, warp_labels
+from reglib.geometry.smoothing import gaussian_smooth
 from reglib.methods import fcn, georeg
 from reglib.objectives.metrics import folding
 from reglib.objectives.regularity import diffusion, total_variation
@@ -34,6 +37,9 @@ from reglib.training import fit
 WORK = ROOT / "build" / "georeg_synthetic"
 TRAININGS = Trainings(WORK, ROOT / "data_scripts" / "georeg_synthetic_steps.json", seconds=450.0)
 SEEDS = (0, 1, 2)
+#: The network that travels with the package.
+EMBEDDED = "GeoReg, varied"
+WEIGHTS = ROOT / "reglib" / "methods" / georeg.PRETRAINED["brain_slices"]
 #: Between two looks at the tuning pairs, and how many of each cell are looked at.
 VALIDATE_EVERY, VALIDATED = 100, 3
 #: What the parts of the table are called in splits.json.
@@ -159,12 +165,51 @@ def deformed(images: Tensor, cells: Sequence[Cell], generator: torch.Generator) 
     return Pairs(images, (fixed + NOISE * noise).clamp(0, 1), field, mask)
 
 
-class DeformedPairs(Stream):
-    """An endless stream of images and themselves deformed, all cells equally often."""
+def varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images as another scanner might show them, with a maximum of 1; what is 0 stays dark.
 
-    def __init__(self, images: Tensor, batch: int, seed: int) -> None:
+    Intensities go through a curve that rises through four equal parts, up to six times as steeply
+    in one as in another; a smooth factor between 0.7 and 1.3 shades them; a Gaussian of up to one
+    voxel blurs them.
+
+    Args:
+        images: ``(B, 1, *S)`` in [0, 1].
+        generator: source of randomness.
+    """
+    b, d, device = len(images), images.ndim - 2, generator.device
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=device)
+
+    rises = 0.2 + draw(b, 4)
+    heights = functional.pad(rises.cumsum(1) / rises.sum(1, keepdim=True), (1, 0))
+    knots = torch.linspace(0, 1, 5, device=device).expand(b, 5)
+    found = piecewise(images.flatten(1), knots, heights).view_as(images)
+    mode = "bilinear" if d == 2 else "trilinear"
+    shade = functional.interpolate(
+        draw(b, 1, *(3,) * d), images.shape[2:], mode=mode, align_corners=True
+    )
+    found = gaussian_smooth(found * (0.7 + 0.6 * shade), float(draw(1)))
+    return found / found.flatten(1).amax(1).view(b, 1, *(1,) * d).clamp(min=1e-6)
+
+
+class DeformedPairs(Stream):
+    """An endless stream of images and themselves deformed, all cells equally often.
+
+    Args:
+        images: ``(subjects * planes, 1, *S)``, all planes of a subject after each other.
+        batch: pairs.
+        seed: of the draws.
+        planes: of each subject.
+        others: every second fixed image is of another subject, in the same plane, and both images
+            are :func:`varied`.
+    """
+
+    def __init__(
+        self, images: Tensor, batch: int, seed: int, *, planes: int = 1, others: bool = False
+    ) -> None:
         super().__init__(seed, images.device)
-        self.images, self.batch = images, batch
+        self.images, self.batch, self.planes, self.others = images, batch, planes, others
 
     def _draw(self, count: int) -> Tensor:
         size, device = (self.batch,), self.images.device
@@ -172,11 +217,18 @@ class DeformedPairs(Stream):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Moving and fixed, without end."""
+        count = len(self.images)
         while True:
-            images = self.images[self._draw(len(self.images))]
+            place = self._draw(count)
             cells = [CELLS[n] for n in self._draw(len(CELLS)).tolist()]
-            pairs = deformed(images, cells, self.generator)
-            yield pairs.moving, pairs.fixed
+            if not self.others:
+                pairs = deformed(self.images[place], cells, self.generator)
+                yield pairs.moving, pairs.fixed
+                continue
+            away = self.planes * self._draw(count // self.planes) * self._draw(2)
+            pairs = deformed(self.images[(place + away) % count], cells, self.generator)
+            moving = varied(self.images[place], self.generator)
+            yield moving, varied(pairs.fixed, self.generator)
 
 
 # --- Images -----------------------------------------------------------------------------------
@@ -245,6 +297,9 @@ class Recipe(NamedTuple):
     objective: dict[str, Any]
     lr: float
     batch: int
+    seeds: Sequence[int] = SEEDS
+    longer: tuple[str, int] | None = None  #: so many times the steps of another
+    others: bool = False  #: also pairs of two subjects, and as other scanners show them
 
     def network(self, dimensions: int) -> AnyNetwork:
         """A new one."""
@@ -264,7 +319,9 @@ class Recipe(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """The recipe without functions."""
-        return self._asdict() | {"objective": trainings.named(self.objective)}
+        names = ("kind", "settings", "lr", "batch") + ("others",) * self.others
+        found = {name: getattr(self, name) for name in names}
+        return found | {"objective": trainings.named(self.objective)}
 
 
 #: Levels of 80 x 96 to 5 x 6 nodes. A point of the coarsest sees 40 pixels each way, and moves
@@ -290,6 +347,8 @@ SUPERVISED: dict[str, Any] = {
     "similarity": lncc_of_five,
     "regularity_weight": [1.0, 0.5, 0.2, 0.1, 0.05],
 }
+#: The best of what was tried on tuning pairs (``EXPLORED``).
+FINER = SUPERVISED | {"level_weight": [4.0, 1.0, 1.0, 1.0, 1.0]}
 LOCAL: dict[str, Any] = {"similarity": lncc, "regularity": diffusion, "regularity_weight": 1.0}
 AS_ITS_PAPER: dict[str, Any] = {
     "similarity": ncc,
@@ -306,6 +365,9 @@ NETWORKS: dict[str, Recipe] = {
     "VoxelMorph, displacement": Recipe("voxelmorph", {"integration": 0}, LOCAL, 1e-3, 4),
     "FCN": Recipe("fcn", {}, AS_ITS_PAPER, 1e-3, 4),
     "FCN, composed": Recipe("composed fcn", {}, LOCAL, 1e-3, 4),
+    "GeoReg, varied": Recipe(
+        "georeg", GEOREG, FINER, 2e-3, 4, SEEDS[:1], longer=("GeoReg", 8), others=True
+    ),
 }
 
 
@@ -320,10 +382,10 @@ FINEST: dict[str, Any] = {"neighbourhoods": [3, 3, 3, 5, 5], "iterations": [1, 1
 #: What was tried on tuning pairs to bring GeoReg nearer to the truth, in the same time.
 EXPLORED: dict[str, Recipe] = {
     "finest level refined": _but(**FINEST),
-    "finest level four times": _but({"level_weight": [4.0, 1.0, 1.0, 1.0, 1.0]}),
+    "finest level four times": _but(FINER),
     "half the regularity": _but({"regularity_weight": [0.5, 0.25, 0.1, 0.05, 0.025]}),
     "learned interpolation everywhere": _but(interpolation=2),
-    "finest level refined, four times": _but({"level_weight": [4.0, 1.0, 1.0, 1.0, 1.0]}, **FINEST),
+    "finest level refined, four times": _but(FINER, **FINEST),
     "without the coarsest": _but(
         {"regularity_weight": [1.0, 0.5, 0.2, 0.1]},
         channels=[8, 16, 32, 64],
@@ -343,17 +405,30 @@ DIFFEOMORPHIC = ("VoxelMorph", "FCN, composed")
 # --- Training ---------------------------------------------------------------------------------
 
 
+def stream(recipe: Recipe, seed: int, dimensions: int, device: str) -> DeformedPairs:
+    """What a network is trained on."""
+    images = load("training", dimensions).images.to(device)
+    planes = len(TRAINING_PLANES) if dimensions == 2 else 1
+    return DeformedPairs(images, recipe.batch, seed, planes=planes, others=recipe.others)
+
+
 def calibrate(recipes: Mapping[str, Recipe] | None = None, own: Trainings | None = None) -> None:
     """Measure a step of every network and write how many the time allows; ``None``: the table's."""
-    images = load("training").images
 
     def step_of(recipe: Recipe) -> Callable[[], object]:
         network, loss = recipe.network(2), recipe.loss()
-        pairs = DeformedPairs(images, recipe.batch, 0)
+        pairs = stream(recipe, 0, 2, "cpu")
         return lambda: fit(network, pairs, loss, steps=1, lr=recipe.lr, progress=False)
 
     each = NETWORKS if recipes is None else recipes
+    each = {name: recipe for name, recipe in each.items() if recipe.longer is None}
     (own or TRAININGS).calibrate({name: step_of(recipe) for name, recipe in each.items()})
+
+
+def steps_of(name: str) -> int:
+    """Of a network's training."""
+    same, times = NETWORKS[name].longer or (name, 1)
+    return times * TRAININGS.steps()[same]
 
 
 @torch.no_grad()
@@ -392,11 +467,10 @@ def train(
     path = path or own.weights(name, seed)
     recipe, device = recipe._replace(batch=batch or recipe.batch), trainings.begin(seed)
     network = recipe.network(dimensions).to(device)
-    images = load("training", dimensions).images.to(device)
     watched = Pairs(*(x.to(device) for x in tuning_pairs(VALIDATED, dimensions)))
     found, errors = trainings.learn(
         network,
-        DeformedPairs(images, recipe.batch, seed),
+        stream(recipe, seed, dimensions, device),
         recipe.loss(),
         path,
         steps=steps,
@@ -412,16 +486,34 @@ def train(
     multiple = network.size_multiple if isinstance(network, georeg.GeoReg) else 16
     card = {key: value for key, value in record.items() if key not in ("loss", "tuning_every")} | {
         "input": {"channels": 1, "size_multiple": multiple},
-        "trained_on": "IXI, 100 brains at 2 mm (splits.json), deformed at random",
+        "trained_on": "IXI, 100 brains at 2 mm (splits.json), deformed at random"
+        + ", onto themselves and each other, as other scanners might show them" * recipe.others,
         "licence": "weights: Apache-2.0; data: CC BY-SA 3.0 (IXI)",
     }
     save(network.cpu(), path, card)
     return record
 
 
+def embed() -> None:
+    """Put the network that travels with the package there, in half precision.
+
+    Its images are slices of 2 mm, which those of the table do not say.
+    """
+    network = georeg.load(TRAININGS.weights(EMBEDDED, NETWORKS[EMBEDDED].seeds[0]))
+    taken = network.card["input"] | {
+        "range": [0.0, 1.0],
+        "orientation": "RA",
+        "spacing": [2.0, 2.0],
+    }
+    card = network.card | {"input": taken, "script": "data_scripts/georeg_synthetic.py embed"}
+    georeg.save(network.half(), WEIGHTS, card=card)
+    print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 2**20:.2f} MiB")
+
+
 def train_all(names: Sequence[str]) -> None:
     """Train what is missing."""
-    TRAININGS.train_missing(train, TRAININGS.tasks(names, SEEDS), "tuning_error")
+    seeds = {name: NETWORKS[name].seeds for name in names}
+    TRAININGS.train_missing(train, trainings.tasks(seeds, steps_of), "tuning_error")
 
 
 @torch.no_grad()
@@ -441,7 +533,8 @@ def explore() -> None:
     """Train what was tried, and write what each gave on tuning pairs, beside GeoReg."""
     if not EXPLORATION.calibration.is_file():
         calibrate(EXPLORED, EXPLORATION)
-    EXPLORATION.train_missing(train, EXPLORATION.tasks(list(EXPLORED), SEEDS[:1]), "tuning_error")
+    every = trainings.tasks(dict.fromkeys(EXPLORED, SEEDS[:1]), EXPLORATION.steps().__getitem__)
+    EXPLORATION.train_missing(train, every, "tuning_error")
     pairs, runs = tuning_pairs(VALIDATED), []
     for kept in (TRAININGS, EXPLORATION):
         for run in kept.records():

@@ -134,6 +134,19 @@ def curve(losses: Sequence[float], count: int = 100) -> list[float]:
     return [round(statistics.fmean(part), 5) for part in parts]
 
 
+def tasks(
+    seeds: Mapping[str, Sequence[int]], steps_of: Callable[[str], int]
+) -> list[tuple[str, int, int]]:
+    """Name, seed and steps of every network, all of a seed after each other.
+
+    Args:
+        seeds: of each network, by name.
+        steps_of: a network's steps, given its name.
+    """
+    every = sorted({seed for own in seeds.values() for seed in own})
+    return [(n, seed, steps_of(n)) for seed in every for n, own in seeds.items() if seed in own]
+
+
 @dataclass(frozen=True)
 class Trainings:
     """The trained networks of a table, each with several seeds.
@@ -210,11 +223,6 @@ class Trainings:
                 write_json(self.log, runs)
                 words = record["network"], record["seed"], record["seconds"], record[quality][-1]
                 print(f"{number}/{len(missing)}", *words, flush=True)
-
-    def tasks(self, names: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int, int]]:
-        """Name, seed and steps of every network, all of a seed after each other."""
-        steps = self.steps()
-        return [(name, seed, steps[name]) for seed in seeds for name in names]
 
     def do_job(self, train: Train, about: str | None) -> None:
         """Do a job of the GPU queue, which names network, seed and steps, and what else there is.

@@ -22,13 +22,14 @@ import PIL.Image
 import pytest
 import SimpleITK as sitk
 import torch
+import typer
 from scipy.spatial.transform import Rotation
 
 import reglib
 from reglib.cli import main, methods
 from reglib.data.datasets import mnist
 from reglib.data.nifti import Image, read_field, read_image, write_field
-from reglib.methods import fcn
+from reglib.methods import fcn, georeg
 from reglib.methods.georeg import load_pretrained
 from reglib.methods.pair import Iterate
 from reglib.registration import Registration, register
@@ -1086,3 +1087,28 @@ def test_every_method_has_a_name(tmp_path):
         assert all(map(callable, planned.methods))
         again = dataclasses.is_dataclass(planned.methods[-1])
         assert again == (kind.load is None)  # a network is run as it is
+
+
+def test_a_trained_network_is_chosen_by_its_name(tmp_path):
+    """The names that the command line knows are those of the package; the first is the default."""
+    assert tuple(georeg.PRETRAINED) == methods.GEOREG_NETWORKS
+
+    def planned(*settings):
+        wish = methods.Wish(methods.Name.GEOREG, settings=settings)
+        return methods.plan(wish, torch.device("cpu")).methods[-1]
+
+    for name in (None, *georeg.PRETRAINED):
+        words = () if name is None else (f"pretrained={name}",)
+        wanted = load_pretrained() if name is None else load_pretrained(name)
+        found = planned(*words)
+        assert found.card == wanted.card
+        for one, other in zip(found.parameters(), wanted.parameters(), strict=True):
+            assert torch.equal(one, other)
+    with pytest.raises(typer.BadParameter, match=r"wanted mnist or brain_slices.*got faces"):
+        planned("pretrained=faces")
+    georeg.save(load_pretrained(), tmp_path / "own.safetensors", card={})
+    with pytest.raises(typer.BadParameter, match="no weights beside it"):
+        planned("pretrained=mnist", f"weights={tmp_path / 'own.safetensors'}")
+    wish = methods.Wish(methods.Name.SVF, settings=("pretrained=mnist",))
+    with pytest.raises(typer.BadParameter, match="wanted none for the method svf"):
+        methods.plan(wish, torch.device("cpu"))

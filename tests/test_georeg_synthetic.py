@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from reglib.data.nifti import read_field, write_field, write_image
 from reglib.geometry.sampling import warp, warp_labels
@@ -448,6 +449,20 @@ def test_a_trained_network_comes_back_from_its_file_and_registers(small, name):
     assert error == pytest.approx(float(networks.endpoint_error(expected, pair.truth)), rel=1e-2)
 
 
+def test_the_embedded_network_is_the_trained_one_in_half_precision(small, monkeypatch, work):
+    """It says what the images of the table do not: 2 mm, as IXI's axial slices lie."""
+    monkeypatch.setattr(networks, "WEIGHTS", work / "embedded.safetensors")
+    networks.train(networks.EMBEDDED, 0, 2)
+    networks.embed()
+    trained = georeg.load(networks.TRAININGS.weights(networks.EMBEDDED, 0))
+    embedded = georeg.load(networks.WEIGHTS)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(embedded.state_dict()[name], value.half().float())
+    said = {"range": [0.0, 1.0], "orientation": "RA", "spacing": [2.0, 2.0]}
+    assert embedded.card["input"] == trained.card["input"] | said
+    assert embedded.card["provenance"] == trained.card["provenance"]
+
+
 def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(small, monkeypatch, work):
     """After the first of three steps; the checkpoint has the stream of pairs in it.
 
@@ -480,6 +495,53 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(small, monkeypat
         georeg.load(work / "new" / f"{n}.safetensors").state_dict() for n in ("whole", "parts")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_other_scanners_show_the_same_brain():
+    """Intensities rise with those of the original, where nothing is blurred or shaded."""
+    ramp = torch.linspace(0, 1, 40 * 48).view(1, 1, 40, 48)
+    for seed in range(5):
+        images = torch.cat([ramp, ramp.flip(2), 0.5 * ramp])
+        images[..., :4] = 0
+        found = networks.varied(images, generator(seed))
+        assert found.shape == images.shape
+        assert float(found.min()) >= 0
+        torch.testing.assert_close(found.amax((1, 2, 3)), torch.ones(3))
+        # A blur of one voxel reaches four.
+        assert float(found[..., 0].max()) < 1e-3
+        for one, other in zip(images, found, strict=True):
+            seen = one[0, 8:-8, 8:-8]
+            ranks = stats.spearmanr(seen.flatten(), other[0, 8:-8, 8:-8].flatten())
+            # The factor is between 0.7 and 1.3 and differs from place to place.
+            assert ranks.statistic > 0.6
+    volumes = torch.rand(2, 1, 10, 12, 14)
+    assert networks.varied(volumes, generator()).shape == volumes.shape
+    assert torch.equal(
+        networks.varied(volumes, generator(1)), networks.varied(volumes, generator(1))
+    )
+
+
+def test_every_second_fixed_image_is_of_another_subject_in_the_same_plane(monkeypatch):
+    """Each image has a brightness of its own, which tells subject and plane; nothing is varied."""
+    monkeypatch.setattr(networks, "varied", lambda images, generator: images)
+    monkeypatch.setattr(networks, "NOISE", 0.0)
+    subjects, planes = 4, 3
+    shades = (1 + torch.arange(subjects * planes)) / 20
+    images = shades.view(-1, 1, 1, 1).expand(-1, 1, 40, 48)
+    stream = networks.DeformedPairs(images, 4, 0, planes=planes, others=True)
+    same = 0
+    for _, (moving, fixed) in zip(range(25), stream, strict=False):
+        first, second = (torch.round(20 * x.amax((1, 2, 3))).long() - 1 for x in (moving, fixed))
+        assert torch.equal(first % planes, second % planes)
+        same += int((first == second).sum())
+    # Half of 100, and a quarter of the other half; five standard deviations each way.
+    assert same == pytest.approx(62.5, abs=24)
+
+
+def test_what_is_trained_for_longer_takes_so_many_times_the_steps_of_another(small):
+    name, (like, times) = "GeoReg, varied", networks.NETWORKS["GeoReg, varied"].longer
+    assert networks.steps_of(name) == times * networks.steps_of(like) == 3 * times
+    assert networks.NETWORKS[name].settings == networks.NETWORKS[like].settings
 
 
 def test_what_was_tried_stands_beside_georeg_on_tuning_pairs(small, monkeypatch, work):
@@ -548,8 +610,8 @@ def test_every_configuration_is_json_and_names_what_exists(small, work, monkeypa
     found = script.configurations()
     assert json.loads(json.dumps(found)) == found
     assert {own["package"] for own in found.values()} == {"antspyx", "SimpleITK", "reglib"}
-    for name in networks.NETWORKS:
-        for seed in networks.SEEDS:
+    for name, recipe in networks.NETWORKS.items():
+        for seed in recipe.seeds:
             assert found[f"{name}, seed {seed}"]["sha256"] is None
             assert script.method_of(f"{name}, seed {seed}") == name
     for name in ("reglib affine + velocity", "GeoReg, then velocity"):

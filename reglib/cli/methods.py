@@ -78,7 +78,8 @@ class Wish(NamedTuple):
         start: what runs before.
         similarity: of the method itself; what runs before it takes ``mi`` for ``mi`` and ``mind``,
             else its own.
-        settings: of the method itself, by name; ``weights`` is a file.
+        settings: of the method itself, by name; ``weights`` is a file, ``pretrained`` the name of
+            a network of the package.
     """
 
     method: Name
@@ -115,7 +116,8 @@ class _Kind(NamedTuple):
     """A method: how it is made, what it finds, and what it starts from unless told otherwise.
 
     What finds something else ``also`` is told which in its settings. What has weights says how they
-    are read: from a file, or those of the package.
+    are read, from a file or out of the package, where there may be several: the first of the names
+    in ``pretrained`` is taken unless another is asked for.
     """
 
     make: Callable[[dict[str, Any], nn.Module | None], Method | nn.Module]
@@ -123,8 +125,9 @@ class _Kind(NamedTuple):
     start: Start = Start.NONE
     starts: tuple[Start, ...] = tuple(Start)
     compares: bool = True
-    load: Callable[[str | None], _Loaded] | None = None
+    load: Callable[[str | None, str | None], _Loaded] | None = None
     also: tuple[Transform, ...] = ()
+    pretrained: tuple[str, ...] = ()
 
 
 def _rigid(settings: dict[str, Any], _: nn.Module | None = None) -> Method:
@@ -182,10 +185,11 @@ def _georeg(settings: dict[str, Any], network: nn.Module | None) -> nn.Module:
     return network
 
 
-def _load_georeg(path: str | None) -> _Loaded:
+def _load_georeg(path: str | None, name: str | None) -> _Loaded:
     from reglib.methods import georeg
 
-    network = georeg.load_pretrained() if path is None else georeg.load(path)
+    own = GEOREG_NETWORKS[0] if name is None else name
+    network = georeg.load_pretrained(own) if path is None else georeg.load(path)
     return _Loaded(network, network.dimensions)
 
 
@@ -212,7 +216,7 @@ def _fcn(settings: dict[str, Any], network: nn.Module | None) -> Method | nn.Mod
     return Instance(network, fcn_loss(words | own), **values)
 
 
-def _load_fcn(path: str | None) -> _Loaded:
+def _load_fcn(path: str | None, _: str | None) -> _Loaded:
     from reglib.methods import fcn
 
     network = fcn.load_pretrained() if path is None else fcn.load(path)
@@ -307,6 +311,9 @@ def _value(value: Any, kind: str) -> Any:
         return value
 
 
+#: As in :data:`reglib.methods.georeg.PRETRAINED`, which takes a second to import.
+GEOREG_NETWORKS = ("mnist", "brain_slices")
+
 METHODS: dict[Name, _Kind] = {
     Name.RIGID: _Kind(_rigid, Transform.RIGID, starts=(Start.NONE,)),
     Name.AFFINE: _Kind(_affine, Transform.AFFINE, starts=(Start.NONE, Start.RIGID)),
@@ -314,7 +321,13 @@ METHODS: dict[Name, _Kind] = {
     Name.SVF: _Kind(_velocity, Transform.DEFORMABLE, Start.AFFINE),
     Name.BSPLINE: _Kind(_bspline, Transform.DEFORMABLE, Start.AFFINE),
     Name.INR: _Kind(_inr, Transform.RIGID, also=(Transform.DEFORMABLE,)),
-    Name.GEOREG: _Kind(_georeg, Transform.DEFORMABLE, compares=False, load=_load_georeg),
+    Name.GEOREG: _Kind(
+        _georeg,
+        Transform.DEFORMABLE,
+        compares=False,
+        load=_load_georeg,
+        pretrained=GEOREG_NETWORKS,
+    ),
     Name.FCN: _Kind(_fcn, Transform.DEFORMABLE, load=_load_fcn),
     Name.DIP: _Kind(_dip, Transform.DEFORMABLE, Start.AFFINE),
 }
@@ -367,6 +380,14 @@ def plan(wish: Wish, device: torch.device) -> Plan:
             f"wanted none for the method {name}, which has none, got {weights}",
             param_hint="--weights",
         )
+    pretrained = settings.pop("pretrained", None)
+    if pretrained is not None and (pretrained not in kind.pretrained or weights is not None):
+        choices = " or ".join(kind.pretrained) or "none"
+        raise typer.BadParameter(
+            f"pretrained: wanted {choices} for the method {name}, and no weights beside it, "
+            f"got {pretrained}",
+            param_hint="--set",
+        )
     if wish.similarity is not None:
         if not kind.compares:
             raise typer.BadParameter(
@@ -377,7 +398,7 @@ def plan(wish: Wish, device: torch.device) -> Plan:
         settings["similarity"] = similarity_function(wish.similarity)
     if kind.also:
         settings["transform"] = wish.transform or kind.finds
-    loaded = None if kind.load is None else kind.load(weights)
+    loaded = None if kind.load is None else kind.load(weights, pretrained)
     network = None if loaded is None else loaded.network.to(device)
     try:
         methods.append(kind.make(settings, network))

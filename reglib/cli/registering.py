@@ -104,8 +104,9 @@ def register(
             "does not fold and has an inverse; bspline, a lattice of control points; dip, a "
             "velocity that an untrained network makes of noise (--set preset=paper: a "
             "displacement, as in the paper, which takes long). Trained networks: georeg, for grey "
-            "plane images, trained on handwritten digits; fcn, for volumes, trained on boxes "
-            "around the hippocampus.",
+            "plane images, trained on handwritten digits (--set pretrained=brain_slices: on axial "
+            "T1 slices of brains without skull); fcn, for volumes, trained on boxes around the "
+            "hippocampus.",
             show_default=False,
         ),
     ],

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reglib.checks import (
+    check_choice,
     check_finite,
     check_image,
     check_numbers,
@@ -64,8 +65,12 @@ PARTS = 16
 #: ones are not, as PyTorch convolves one small volume more slowly than two on a CPU.
 ALONE = 2**20
 
-#: The network trained by ``data_scripts/georeg_mnist.py``, relative to this folder.
-WEIGHTS = "weights/georeg_mnist.safetensors"
+#: Networks that travel with the package, all for planes, by name; relative to this folder.
+#: ``data_scripts/georeg_mnist.py`` and ``georeg_synthetic.py`` trained them.
+PRETRAINED = {
+    "mnist": "weights/georeg_mnist.safetensors",
+    "brain_slices": "weights/georeg_brain_slices.safetensors",
+}
 
 
 class Stage(NamedTuple):
@@ -821,7 +826,19 @@ def load(path: str | Path, *, checkpointing: bool = False) -> GeoReg:
     return network.eval()
 
 
-def load_pretrained() -> GeoReg:
-    """The 2-D network trained on MNIST that travels with the package."""
-    with resources.as_file(resources.files("reglib.methods") / WEIGHTS) as path:
+def load_pretrained(name: str = "mnist") -> GeoReg:
+    """A 2-D network that travels with the package.
+
+    Args:
+        name: ``"mnist"``, trained on handwritten digits of 28 x 28 pixels, or ``"brain_slices"``,
+            trained on axial T1 slices of 2 mm without skull and large deformations of them.
+
+    Returns:
+        The network in evaluation mode, on the CPU; its ``card`` is everything that is known of it.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    check_choice(name, "name", tuple(PRETRAINED))
+    with resources.as_file(resources.files("reglib.methods") / PRETRAINED[name]) as path:
         return load(path)
