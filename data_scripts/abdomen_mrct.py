@@ -42,7 +42,7 @@ import volumes
 from benchmark_classical import known_or_stop, measure_file, regularity
 from benchmark_record import UNREGISTERED, Record, Row
 from brains import scaled
-from provenance import ROOT, provenance
+from provenance import ROOT, committed_or_stop
 from torch import Tensor
 from volumes import CONFIGURATIONS, Case, Loaded, register_all, run_reglib, summarise, table
 
@@ -245,8 +245,7 @@ def main(words: Sequence[str] | None = None) -> None:
     elif options.verb == "score":
         print(table(score(prepared, options.fields)))
     elif options.verb == "run":
-        if provenance()["uncommitted_changes"]:
-            raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+        committed_or_stop()
         known_or_stop([*(options.only or []), *options.again], CONFIGURATIONS)
         benchmark_classical.CAP = CAP
         record = Record(WORK / "rows.json", "test", RESULTS)

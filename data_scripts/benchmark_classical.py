@@ -42,7 +42,7 @@ import peers
 import torch
 from benchmark_record import DRAWS, UNREGISTERED, Record, Row, estimate, key, summarise, table
 from brains import ixi_structures, relabel, scaled
-from provenance import ROOT, provenance
+from provenance import ROOT, committed_or_stop
 from torch import Tensor
 
 from reglib.data import datasets
@@ -620,8 +620,8 @@ def main() -> None:
     test = options.split == "test"
     if test and options.pairs is not None:
         parser.error("--pairs: the test pairs are measured all together")
-    if test and provenance()["uncommitted_changes"]:
-        raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+    if test:
+        committed_or_stop()
     wanted = options.only or list(CONFIGURATIONS)
     known_or_stop([*wanted, *options.again], CONFIGURATIONS)
     configurations = {name: CONFIGURATIONS[name] for name in CONFIGURATIONS if name in wanted}

@@ -86,7 +86,7 @@ from benchmark_record import (
 )
 from brains import scaled
 from dip_lgg_job import PACKED, RECORD, computing_in, dip_of, fields_in, pairs_and_digest
-from provenance import ROOT, provenance, write_json, write_npz
+from provenance import ROOT, committed_or_stop, provenance, write_json, write_npz
 from scipy import ndimage
 from torch import Tensor
 
@@ -572,8 +572,8 @@ def main() -> None:
     known_or_stop(options.again, [*CONFIGURATIONS, UNREGISTERED])
     if options.split == "test" and options.pairs is not None:
         parser.error("--pairs: the test pairs are measured all together")
-    if options.split == "test" and provenance()["uncommitted_changes"]:
-        raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+    if options.split == "test":
+        committed_or_stop()
     if options.pack:
         pack()
     elif options.add is not None:

@@ -51,7 +51,7 @@ import torch
 from benchmark_classical import Case, Loaded, known_or_stop, register_all, run_reglib
 from benchmark_record import Record, Row, summarise
 from fcn_networks import EMBEDDED, LOCAL, SEEDS, load, whole_dice
-from provenance import ROOT, provenance
+from provenance import ROOT, committed_or_stop
 from table_networks import trained
 from torch import Tensor
 from trainings import configuration, table_parser, trained_or_stop
@@ -189,8 +189,8 @@ def table(content: dict[str, Any]) -> str:
 def test(part: str, pairs: int | None, only: Sequence[str] | None) -> None:
     """Register and measure."""
     final = part == "test"
-    if final and provenance()["uncommitted_changes"]:
-        raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+    if final:
+        committed_or_stop()
     all_of_them = configurations()
     known_or_stop(only or [], all_of_them)
     wanted = {name: all_of_them[name] for name in all_of_them if only is None or name in only}

@@ -49,7 +49,7 @@ from benchmark_record import (
     over_seeds,
 )
 from georeg_synthetic_networks import SEEDS, Cell, Pairs, deformed, lncc_of_five, load
-from provenance import ROOT, provenance
+from provenance import ROOT, committed_or_stop
 from table_networks import save, trained
 from torch import Tensor, nn
 from torch.nn import functional
@@ -331,8 +331,8 @@ def registered(name: str, settings: dict[str, Any], pair: Thick) -> Tensor:
 def test(part: str, only: Collection[str] | None) -> None:
     """Register and measure."""
     final = part == "test"
-    if final and provenance()["uncommitted_changes"]:
-        raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+    if final:
+        committed_or_stop()
     own = configurations()
     known_or_stop(only or [], own)
     wanted = {name: own[name] for name in own if only is None or name in only}

@@ -58,7 +58,7 @@ from georeg_subjects_networks import BRAINS, LAYERS
 from georeg_synthetic import AFFINE, PIXELS, artificial_pair, overlap
 from georeg_synthetic_networks import SEEDS, Cell, Pairs, deformed, endpoint_error, load
 from inr_zurich import settings_of
-from provenance import ROOT, provenance
+from provenance import ROOT, committed_or_stop
 from table_networks import trained
 from torch import Tensor
 from trainings import table_parser, trained_or_stop
@@ -274,8 +274,8 @@ def asked_for(only: Sequence[str] | None, again: Sequence[str]) -> dict[str, Con
 def test(kind: str, part: str, wanted: Configurations, again: Sequence[str]) -> None:
     """Register and measure the configurations that are wanted."""
     final = part == "test"
-    if final and provenance()["uncommitted_changes"]:
-        raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+    if final:
+        committed_or_stop()
     record = Record(WORK / f"{kind}_{part}.json", part, RESULTS[kind] if final else None)
     record.forget(again)
     trainings = networks.TRAININGS.records()

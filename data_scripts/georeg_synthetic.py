@@ -61,7 +61,7 @@ from benchmark_record import (
 )
 from brains import ixi_structures
 from georeg_synthetic_networks import CELLS, SEEDS, Cell, Pairs, load, pair_of
-from provenance import ROOT, provenance
+from provenance import ROOT, committed_or_stop
 from table_networks import trained
 from torch import Tensor
 from trainings import table_parser, trained_or_stop
@@ -355,8 +355,8 @@ def table(content: dict[str, Any]) -> str:
 def test(part: str, pairs: int | None, only: Sequence[str] | None, again: Sequence[str]) -> None:
     """Register and measure."""
     final = part == "test"
-    if final and provenance()["uncommitted_changes"]:
-        raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+    if final:
+        committed_or_stop()
     all_of_them = configurations()
     known_or_stop(only or [], all_of_them)
     known_or_stop(again, [*all_of_them, UNREGISTERED])

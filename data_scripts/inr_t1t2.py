@@ -41,7 +41,7 @@ import volumes
 from benchmark_classical import SPLITS, known_or_stop
 from benchmark_record import Record
 from brains import relabel, scaled
-from provenance import ROOT, provenance
+from provenance import ROOT, committed_or_stop
 from torch import Tensor
 from volumes import CONFIGURATIONS, Case, Loaded, register_all, run_reglib
 
@@ -251,8 +251,8 @@ def main(words: Sequence[str] | None = None) -> None:
     test = options.split == "test"
     if test and options.pairs is not None:
         parser.error("--pairs: the test pairs are measured all together")
-    if test and provenance()["uncommitted_changes"]:
-        raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+    if test:
+        committed_or_stop()
     known_or_stop([*(options.only or []), *options.again], CONFIGURATIONS)
     record = Record(WORK / f"{options.split}.json", options.split, RESULTS if test else None)
     record.forget(options.again)

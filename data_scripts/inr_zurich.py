@@ -41,7 +41,7 @@ import peers
 import torch
 from benchmark_classical import SPLITS, Workers, known_or_stop, measure_all, versions
 from benchmark_record import DRAWS, UNREGISTERED, Record, Row, compare, interval, key
-from provenance import ROOT, provenance
+from provenance import ROOT, committed_or_stop
 from torch import Tensor
 
 from reglib.data.nifti import Image, read_image, write_field
@@ -460,8 +460,8 @@ def main() -> None:
     test = options.split == "test"
     if test and (options.draws != REPEATS or tuple(options.levels) != LEVELS):
         parser.error("--draws, --levels: the test pairs are measured all together")
-    if test and provenance()["uncommitted_changes"]:
-        raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+    if test:
+        committed_or_stop()
     every = CONFIGURATIONS | {name: settings_of(methods) for name, methods in GRANULAR.items()}
     known_or_stop([*(options.only or []), *options.again], every)
     if not options.granularity:

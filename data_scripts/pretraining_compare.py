@@ -40,7 +40,7 @@ import torch
 from benchmark_classical import Case, Loaded, Workers, measure_all, run_reglib
 from benchmark_record import UNREGISTERED, Record, Row, compare, differences, key, score, table
 from brains import Brains, ixi_structures, load, load_malf
-from provenance import ROOT, provenance, write_json
+from provenance import ROOT, committed_or_stop, write_json
 from scipy.stats import wilcoxon
 from torch import Tensor, nn
 from trainings import configuration, trained_or_stop
@@ -419,8 +419,7 @@ def main() -> None:
     if options.split == "test":
         if options.subjects is not None or options.candidates or options.weights is not None:
             parser.error("--subjects, --candidates, --weights: for the validation subjects")
-        if provenance()["uncommitted_changes"]:
-            raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+        committed_or_stop()
     compare_all(options)
 
 

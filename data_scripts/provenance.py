@@ -63,6 +63,12 @@ def provenance() -> dict[str, object]:
     }
 
 
+def committed_or_stop() -> None:
+    """Stop unless what computes is committed."""
+    if provenance()["uncommitted_changes"]:
+        raise SystemExit("commit reglib/ and data_scripts/ first: results name a commit")
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON through a temporary file, so that a stopped script leaves the old one whole."""
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())

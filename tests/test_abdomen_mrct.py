@@ -21,6 +21,7 @@ try:
     script = importlib.import_module("abdomen_mrct")
     volumes = importlib.import_module("volumes")
     benchmark = importlib.import_module("benchmark_classical")
+    provenance = importlib.import_module("provenance")
 finally:
     sys.path.remove(str(SCRIPTS))
 
@@ -201,7 +202,7 @@ def test_prepare_run_and_results(folder, tmp_path, monkeypatch, capsys) -> None:
     """All verbs in a row; the workers know the truth."""
     monkeypatch.setattr(script, "WORK", tmp_path / "work")
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results.json")
-    monkeypatch.setattr(script, "provenance", lambda: {"uncommitted_changes": False})
+    monkeypatch.setattr(provenance, "provenance", lambda: {"uncommitted_changes": False})
     monkeypatch.setattr(benchmark, "make_environment", lambda: Path(sys.executable))
     monkeypatch.setattr(benchmark, "CAP", benchmark.CAP)  # the script sets its own
     monkeypatch.setattr(benchmark, "versions", lambda python: {"torch": "2"})
@@ -235,6 +236,6 @@ def test_prepare_run_and_results(folder, tmp_path, monkeypatch, capsys) -> None:
     assert one["unregistered"]["hd95"] == 4
     script.main([])
     assert "prepare" in capsys.readouterr().out
-    monkeypatch.setattr(script, "provenance", lambda: {"uncommitted_changes": True})
+    monkeypatch.setattr(provenance, "provenance", lambda: {"uncommitted_changes": True})
     with pytest.raises(SystemExit, match="commit"):
         script.main(["run"])

@@ -24,6 +24,7 @@ try:
     script = importlib.import_module("georeg_spacing")
     synthetic = importlib.import_module("georeg_synthetic_networks")
     records = importlib.import_module("benchmark_record")
+    provenance = importlib.import_module("provenance")
 finally:
     sys.path.remove(str(SCRIPTS))
 
@@ -190,7 +191,7 @@ def test_the_table_has_every_subject_once_and_says_who_is_nearer(small, monkeypa
     script.test("tuning", ["told, seed 0"])
     assert not script.RESULTS.exists()
     clean = {"uncommitted_changes": False, "commit": "c"}
-    for module in (script, records):
+    for module in (provenance, records):
         monkeypatch.setattr(module, "provenance", lambda: clean)
     script.test("test", None)
     content = json.loads(script.RESULTS.read_text())

@@ -36,6 +36,7 @@ try:
     peers = importlib.import_module("peers")
     brains = importlib.import_module("brains")
     samples = importlib.import_module("make_samples")
+    provenance = importlib.import_module("provenance")
 finally:
     sys.path.remove(str(SCRIPTS))
 
@@ -453,7 +454,7 @@ def test_some_configurations_alone_are_no_results(run, capsys) -> None:
 def test_the_command_line_refuses_what_would_spoil_the_test(monkeypatch) -> None:
     with pytest.raises(SystemExit):
         script.main(["--pairs", "1"])
-    monkeypatch.setattr(script, "provenance", lambda: {"uncommitted_changes": True})
+    monkeypatch.setattr(provenance, "provenance", lambda: {"uncommitted_changes": True})
     with pytest.raises(SystemExit, match="commit"):
         script.main([])
     with pytest.raises(SystemExit, match="no such configuration"):
