@@ -25,7 +25,7 @@ strength is, as in the released code: uniform between minus and plus the amount.
 Networks, one of each kind and seed for all families, are trained on the mixture of all cells, on
 slices of training subjects, on one thread; each has as many steps as 7.5 minutes of one thread
 allowed on the machine that georeg_synthetic_steps.json names. But "GeoReg, varied", which travels
-with the package (``embed``), was trained eight times as long, and on pairs of two people as well,
+with the package (``embed``), was trained four times as long, and on pairs of two people as well,
 as other scanners might show them. A stopped training goes on from its checkpoint. GeoReg's settings
 were chosen on tuning subjects; VoxelMorph and FCN have losses and learning rates of
 fcn_networks.py, which were chosen on hippocampi.

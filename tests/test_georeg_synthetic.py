@@ -497,8 +497,12 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(small, monkeypat
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_other_scanners_show_the_same_brain():
+def test_other_scanners_show_the_same_brain(monkeypatch):
     """Intensities rise with those of the original, where nothing is blurred or shaded."""
+    black = networks.varied(torch.zeros(1, 1, 200, 200), generator())
+    # Half of the noise is below 0: the rest has a mean of sigma / sqrt(2 pi), 40,000 times drawn.
+    assert float(black.mean()) == pytest.approx(networks.NOISE / math.sqrt(2 * math.pi), rel=0.05)
+    monkeypatch.setattr(networks, "NOISE", 0.0)
     ramp = torch.linspace(0, 1, 40 * 48).view(1, 1, 40, 48)
     for seed in range(5):
         images = torch.cat([ramp, ramp.flip(2), 0.5 * ramp])
