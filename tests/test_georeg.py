@@ -504,16 +504,14 @@ def test_no_weights_of_an_unknown_name() -> None:
         georeg.load_pretrained("faces")
 
 
-@pytest.mark.parametrize(
-    ("degrees", "most_mm", "most_folding"), [(30, 3, 0), (-30, 3, 0), (40, 4, 0.01)]
-)
+@pytest.mark.parametrize(("degrees", "most_folding"), [(20, 0), (-20, 0), (30, 0.005)])
 def test_pretrained_weights_turn_a_brain_they_have_never_seen_back(
-    degrees: float, most_mm: float, most_folding: float
+    degrees: float, most_folding: float
 ) -> None:
     """A slice of Colin27 of 1 mm, turned and shifted by 20 mm, so that the truth is known.
 
-    Tuning subjects are left with less than 2 mm; more is for another scanner. Near 45 degrees,
-    where training ended, something folds.
+    Of the displacement a sixth may stay; of subjects of IXI it is a tenth, more is for another
+    scanner. It is most where training ended, at 45 degrees.
     """
     image = datasets.colin27(dimensions=2).image
     shape = image.tensor.shape[2:]
@@ -534,7 +532,7 @@ def test_pretrained_weights_turn_a_brain_they_have_never_seen_back(
         for u in (0 * truth, found.field)
     )
     assert before > 20
-    assert after < most_mm
+    assert after < before / 6
     assert float(folding(found.field, mask=inside.float())) <= most_folding
 
 

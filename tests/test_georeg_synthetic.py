@@ -377,7 +377,7 @@ def small_networks() -> dict:
             settings["interpolation"] = 0 if settings.get("warp_features") else 2
         objective = recipe.objective
         if recipe.kind == "georeg":  # of fewer levels
-            objective = objective | {"regularity_weight": 0.1}
+            objective = objective | {"regularity_weight": 0.1, "level_weight": 1.0}
         return recipe._replace(settings=settings, objective=objective, batch=2)
 
     return {name: shrunk(recipe) for name, recipe in networks.NETWORKS.items()}
