@@ -42,7 +42,7 @@ REGULARITY = (1.0, 0.5, 0.25)  # finest level first
 RATES = (1e-3, 2e-3, 4e-3)
 VALIDATION = 50  # digits of each class
 RESULTS = ROOT / "results"
-WEIGHTS = Path(georeg.__file__).parent / georeg.PRETRAINED["mnist"]
+WEIGHTS = Path(georeg.__file__).parent / georeg.WEIGHTS.format("mnist")
 
 supervise = functools.partial(georeg.objective, regularity_weight=REGULARITY)
 final_only = functools.partial(supervise, deep_supervision=False)

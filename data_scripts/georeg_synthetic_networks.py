@@ -39,7 +39,7 @@ TRAININGS = Trainings(WORK, ROOT / "data_scripts" / "georeg_synthetic_steps.json
 SEEDS = (0, 1, 2)
 #: The network that travels with the package.
 EMBEDDED = "GeoReg, varied"
-WEIGHTS = ROOT / "reglib" / "methods" / georeg.PRETRAINED["brain_slices"]
+WEIGHTS = ROOT / "reglib" / "methods" / georeg.WEIGHTS.format("brain_slices")
 #: Between two looks at the tuning pairs, and how many of each cell are looked at.
 VALIDATE_EVERY, VALIDATED = 100, 3
 #: What the parts of the table are called in splits.json.

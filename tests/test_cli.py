@@ -1091,7 +1091,7 @@ def test_every_method_has_a_name(tmp_path):
 
 def test_a_trained_network_is_chosen_by_its_name(tmp_path):
     """The names that the command line knows are those of the package; the first is the default."""
-    assert tuple(georeg.PRETRAINED) == methods.GEOREG_NETWORKS
+    assert georeg.PRETRAINED == methods.GEOREG_NETWORKS
 
     def planned(*settings):
         wish = methods.Wish(methods.Name.GEOREG, settings=settings)

@@ -65,12 +65,10 @@ PARTS = 16
 #: ones are not, as PyTorch convolves one small volume more slowly than two on a CPU.
 ALONE = 2**20
 
-#: Networks that travel with the package, all for planes, by name; relative to this folder.
-#: ``data_scripts/georeg_mnist.py`` and ``georeg_synthetic.py`` trained them.
-PRETRAINED = {
-    "mnist": "weights/georeg_mnist.safetensors",
-    "brain_slices": "weights/georeg_brain_slices.safetensors",
-}
+#: Names of the networks that travel with the package, all for planes, and where they lie, relative
+#: to this folder. ``data_scripts/georeg_mnist.py`` and ``georeg_synthetic.py`` trained them.
+PRETRAINED = ("mnist", "brain_slices")
+WEIGHTS = "weights/georeg_{}.safetensors"
 
 
 class Stage(NamedTuple):
@@ -839,6 +837,6 @@ def load_pretrained(name: str = "mnist") -> GeoReg:
     Raises:
         ValueError: if there is none of that name.
     """
-    check_choice(name, "name", tuple(PRETRAINED))
-    with resources.as_file(resources.files("reglib.methods") / PRETRAINED[name]) as path:
+    check_choice(name, "name", PRETRAINED)
+    with resources.as_file(resources.files("reglib.methods") / WEIGHTS.format(name)) as path:
         return load(path)
