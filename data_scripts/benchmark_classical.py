@@ -498,11 +498,13 @@ def outcome(
         return times | {"failed": f"{type(error).__name__}: {error}"}
 
 
-def known_or_stop(names: Iterable[str], known: Collection[str]) -> None:
-    """Stop unless there are configurations of these names."""
+def known_or_stop(
+    names: Iterable[str], known: Collection[str], kind: str = "configuration"
+) -> None:
+    """Stop unless there are configurations, or what else ``kind`` says, of these names."""
     unknown = set(names) - set(known)
     if unknown:
-        raise SystemExit(f"no such configuration: {sorted(unknown)}; one of {list(known)}")
+        raise SystemExit(f"no such {kind}: {sorted(unknown)}; one of {list(known)}")
 
 
 def register_all(

@@ -232,9 +232,7 @@ def main() -> None:
     if options.command in ("train", None):
         known = list(networks.NETWORKS)
         names = getattr(options, "names", None) or [name for name in known if name != EMBEDDED]
-        unknown = set(names) - set(known)
-        if unknown:
-            raise SystemExit(f"no such network: {sorted(unknown)}; one of {known}")
+        known_or_stop(names, known, "network")
         networks.train_all(names)
     if options.command in ("test", None):
         part = getattr(options, "split", "test")

@@ -419,7 +419,7 @@ def main() -> None:
     if options.command in ("train", None):
         names = getattr(options, "names", None) or list(NETWORKS)
         known_or_stop(names, NETWORKS)
-        every = [(name, seed, steps_of(name)) for seed in SEEDS for name in names]
+        every = trainings.tasks(dict.fromkeys(names, SEEDS), steps_of)
         TRAININGS.train_missing(train, every, "tuning_error")
     if options.command in ("test", None):
         test(getattr(options, "split", "test"), getattr(options, "only", None))

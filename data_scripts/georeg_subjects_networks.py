@@ -16,7 +16,7 @@ import torch
 import trainings
 from fcn_networks import places
 from georeg_synthetic_networks import NETWORKS as RECIPES
-from georeg_synthetic_networks import NOISE, SEEDS, TRAINING_PLANES, load
+from georeg_synthetic_networks import SEEDS, TRAINING_PLANES, load, noisy
 from oct_phantom import Scans, piecewise
 from provenance import ROOT
 from table_networks import save
@@ -66,12 +66,6 @@ def remapped(images: Tensor, heights: Tensor | None = None) -> Tensor:
     if heights is None:
         heights = images.new_tensor(list(CURVE.values())).expand_as(knots)
     return piecewise(images.flatten(1), knots, heights).view_as(images)
-
-
-def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
-    """With noise, within [0, 1]."""
-    noise = torch.randn(images.shape, generator=generator, device=generator.device)
-    return (images + NOISE * noise).clamp(0, 1)
 
 
 class SubjectPairs(Stream):

@@ -409,9 +409,7 @@ def main() -> None:
         networks.explore()
     if options.command in ("train", None):
         names = getattr(options, "names", None) or list(networks.NETWORKS)
-        unknown = set(names) - set(networks.NETWORKS)
-        if unknown:
-            raise SystemExit(f"no such network: {sorted(unknown)}; one of {[*networks.NETWORKS]}")
+        known_or_stop(names, networks.NETWORKS, "network")
         networks.train_all(names)
     if options.command in ("test", None):
         part, pairs = getattr(options, "split", "test"), getattr(options, "pairs", None)

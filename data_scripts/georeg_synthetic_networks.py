@@ -154,15 +154,20 @@ def inside(field: Tensor) -> Tensor:
     return ((phi >= 0) & (phi <= last)).all(1, keepdim=True)
 
 
+def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
+    """With noise, within [0, 1]."""
+    noise = torch.randn(images.shape, generator=generator, device=generator.device)
+    return (images + NOISE * noise).clamp(0, 1)
+
+
 def deformed(images: Tensor, cells: Sequence[Cell], generator: torch.Generator) -> Pairs:
     """A pair of every image ``(B, 1, *S)``, deformed at random as its cell says."""
     if len(images) != len(cells):
         raise ValueError(f"cells: wanted {len(images)}, one for each image, got {len(cells)}")
     field = deformation(images.shape[2:], cells, generator)
     fixed = warp(images, field, padding="zeros")
-    noise = torch.randn(fixed.shape, generator=generator, device=generator.device)
     mask = (warp_labels((images > 0).long(), field) > 0) & inside(field)
-    return Pairs(images, (fixed + NOISE * noise).clamp(0, 1), field, mask)
+    return Pairs(images, noisy(fixed, generator), field, mask)
 
 
 def varied(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -191,9 +196,8 @@ def varied(images: Tensor, generator: torch.Generator) -> Tensor:
         draw(b, 1, *(3,) * d), images.shape[2:], mode=mode, align_corners=True
     )
     found = gaussian_smooth(found * (0.7 + 0.6 * shade), float(draw(1)))
-    found = found / found.flatten(1).amax(1).view(b, 1, *(1,) * d).clamp(min=1e-6)
-    noise = torch.randn(found.shape, generator=generator, device=device)
-    return (found + NOISE * noise).clamp(0, 1)
+    brightest = found.flatten(1).amax(1).view(b, 1, *(1,) * d)
+    return noisy(found / brightest.clamp(min=1e-6), generator)
 
 
 class DeformedPairs(Stream):

@@ -179,7 +179,7 @@ def test_pairs_are_of_the_contrasts_that_their_set_names(members):
     assert torch.equal(t1.moving.tensor, images[:1])
     assert torch.equal(t2.moving.tensor, images[:1])
     apart = t2.fixed.tensor - networks.remapped(images[1:2])
-    assert 0 < float(apart.abs().max()) < 6 * networks.NOISE
+    assert 0 < float(apart.abs().max()) < 6 * synthetic.NOISE
     assert t2.truth is None
 
 
@@ -192,7 +192,7 @@ def test_the_known_pair_is_a_t2_deformed_by_the_truth_and_a_t1_that_is_not(monke
     assert torch.equal(pair.moving.tensor, 1 - t2[..., 42])
     again = warp(t2[..., 42], pair.truth.field, padding="zeros")
     off = (pair.fixed.tensor - again).abs()
-    assert float(off.max()) < 6 * networks.NOISE
+    assert float(off.max()) < 6 * synthetic.NOISE
     assert script.measure(pair, pair.truth.field)["error"] == 0
     assert script.measure(pair, 0 * pair.truth.field)["error"] > 1
     other = script.known_pair("patient19 t1 42 0")

@@ -188,7 +188,7 @@ def _georeg(settings: dict[str, Any], network: nn.Module | None) -> nn.Module:
 def _load_georeg(path: str | None, name: str | None) -> _Loaded:
     from reglib.methods import georeg
 
-    own = GEOREG_NETWORKS[0] if name is None else name
+    own = name or GEOREG_NETWORKS[0]
     network = georeg.load_pretrained(own) if path is None else georeg.load(path)
     return _Loaded(network, network.dimensions)
 
