@@ -19,6 +19,7 @@ import torch
 from scipy import stats
 
 from reglib.data.nifti import read_field, write_field, write_image
+from reglib.data.results import read_results
 from reglib.geometry.sampling import warp, warp_labels
 from reglib.methods import fcn, georeg
 from reglib.methods.classical import Velocity
@@ -408,6 +409,16 @@ def test_recipes_make_networks_that_start_near_the_identity_and_have_a_finite_lo
         assert all(
             p.grad is not None and bool(p.grad.isfinite().all()) for p in network.parameters()
         ), name
+
+
+def test_recipes_are_those_that_the_table_was_trained_with():
+    """So who trains again makes the same networks."""
+    runs = read_results("georeg_synthetic")["training"]
+    for run in runs:
+        recipe = json.loads(json.dumps(networks.NETWORKS[run["network"]].as_json()))
+        assert recipe.items() <= run["training"].items(), run["network"]
+        assert run["training"]["dimensions"] == 2
+    assert {run["network"] for run in runs} == networks.NETWORKS.keys()
 
 
 def test_a_calibration_says_how_many_steps_the_limit_allows(small):
