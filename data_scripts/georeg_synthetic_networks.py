@@ -269,18 +269,24 @@ def load(part: str, dimensions: int = 2) -> Brains:
     return Brains(names, images.float() / 255, labels)
 
 
-def pair_of(part: str, place: int, cell: Cell, dimensions: int = 2) -> Pairs:
+def images_of(part: str, dimensions: int = 2, pooled: int = 1) -> Tensor:
+    """Images of a part; of volumes so many voxels along each axis may be averaged."""
+    images = load(part, dimensions).images
+    return images if pooled == 1 else functional.avg_pool3d(images, pooled)
+
+
+def pair_of(part: str, place: int, cell: Cell, dimensions: int = 2, pooled: int = 1) -> Pairs:
     """The one pair that tuning or test has of a subject and a cell."""
     seed = 1000 * (1 + list(PARTS).index(part)) + len(CELLS) * place + CELLS.index(cell)
-    image = load(part, dimensions).images[place : place + 1]
+    image = images_of(part, dimensions, pooled)[place : place + 1]
     return deformed(image, [cell], torch.Generator().manual_seed(seed))
 
 
-def tuning_pairs(count: int, dimensions: int = 2) -> Pairs:
+def tuning_pairs(count: int, dimensions: int = 2, pooled: int = 1) -> Pairs:
     """So many tuning pairs of every cell, of all subjects in turn."""
     subjects = len(load("tuning", dimensions).subjects)
     found = [
-        pair_of("tuning", (count * number + k) % subjects, cell, dimensions)
+        pair_of("tuning", (count * number + k) % subjects, cell, dimensions, pooled)
         for number, cell in enumerate(CELLS)
         for k in range(count)
     ]
@@ -307,10 +313,13 @@ class Recipe(NamedTuple):
     seeds: Sequence[int] = SEEDS
     longer: tuple[str, int] | None = None  #: so many times the steps of another
     others: bool = False  #: also pairs of two subjects, and as other scanners show them
+    dimensions: int = 2
+    pooled: int = 1  #: so many voxels of 2 mm along each axis are one
+    watched: int = VALIDATED  #: tuning pairs of each cell
 
-    def network(self, dimensions: int) -> AnyNetwork:
+    def network(self) -> AnyNetwork:
         """A new one."""
-        own = {"dimensions": dimensions} | self.settings
+        own = {"dimensions": self.dimensions} | self.settings
         if self.kind == "georeg":
             return georeg.GeoReg(**own)
         if self.kind == "voxelmorph":
@@ -327,6 +336,7 @@ class Recipe(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """The recipe without functions."""
         names = ("kind", "settings", "lr", "batch") + ("others",) * self.others
+        names += ("pooled",) * (self.pooled > 1)
         found = {name: getattr(self, name) for name in names}
         return found | {"objective": trainings.named(self.objective)}
 
@@ -412,10 +422,10 @@ DIFFEOMORPHIC = ("VoxelMorph", "FCN, composed")
 # --- Training ---------------------------------------------------------------------------------
 
 
-def stream(recipe: Recipe, seed: int, dimensions: int, device: str) -> DeformedPairs:
+def stream(recipe: Recipe, seed: int, device: str) -> DeformedPairs:
     """What a network is trained on."""
-    images = load("training", dimensions).images.to(device)
-    planes = len(TRAINING_PLANES) if dimensions == 2 else 1
+    images = images_of("training", recipe.dimensions, recipe.pooled).to(device)
+    planes = len(TRAINING_PLANES) if recipe.dimensions == 2 else 1
     return DeformedPairs(images, recipe.batch, seed, planes=planes, others=recipe.others)
 
 
@@ -423,8 +433,8 @@ def calibrate(recipes: Mapping[str, Recipe] | None = None, own: Trainings | None
     """Measure a step of every network and write how many the time allows; ``None``: the table's."""
 
     def step_of(recipe: Recipe) -> Callable[[], object]:
-        network, loss = recipe.network(2), recipe.loss()
-        pairs = stream(recipe, 0, 2, "cpu")
+        network, loss = recipe.network(), recipe.loss()
+        pairs = stream(recipe, 0, "cpu")
         return lambda: fit(network, pairs, loss, steps=1, lr=recipe.lr, progress=False)
 
     each = NETWORKS if recipes is None else recipes
@@ -471,13 +481,19 @@ def train(
         What is known about the training, JSON.
     """
     recipe, own = (NETWORKS | EXPLORED)[name], EXPLORATION if name in EXPLORED else TRAININGS
-    path = path or own.weights(name, seed)
-    recipe, device = recipe._replace(batch=batch or recipe.batch), trainings.begin(seed)
-    network = recipe.network(dimensions).to(device)
-    watched = Pairs(*(x.to(device) for x in tuning_pairs(VALIDATED, dimensions)))
+    recipe = recipe._replace(batch=batch or recipe.batch, dimensions=dimensions)
+    return train_recipe(name, recipe, seed, steps, path or own.weights(name, seed))
+
+
+def train_recipe(name: str, recipe: Recipe, seed: int, steps: int, path: Path) -> dict[str, Any]:
+    """:func:`train`, whatever the recipe is."""
+    device = trainings.begin(seed)
+    network = recipe.network().to(device)
+    pairs = tuning_pairs(recipe.watched, recipe.dimensions, recipe.pooled)
+    watched = Pairs(*(x.to(device) for x in pairs))
     found, errors = trainings.learn(
         network,
-        stream(recipe, seed, dimensions, device),
+        stream(recipe, seed, device),
         recipe.loss(),
         path,
         steps=steps,
@@ -486,14 +502,14 @@ def train(
         every=VALIDATE_EVERY,
     )
     still = endpoint_error(torch.zeros_like(watched.field), watched).mean()
-    training = recipe.as_json() | {"steps": steps, "dimensions": dimensions}
+    training = recipe.as_json() | {"steps": steps, "dimensions": recipe.dimensions}
     record: dict[str, Any] = {"network": name, "seed": seed, "training": training} | found
     record |= {"tuning_every": VALIDATE_EVERY, "tuning_error": errors}
     record["tuning_error_before"] = round(float(still), 4)
     multiple = network.size_multiple if isinstance(network, georeg.GeoReg) else 16
     card = {key: value for key, value in record.items() if key not in ("loss", "tuning_every")} | {
         "input": {"channels": 1, "size_multiple": multiple},
-        "trained_on": "IXI, 100 brains at 2 mm (splits.json), deformed at random"
+        "trained_on": f"IXI, 100 brains at {2 * recipe.pooled} mm (splits.json), deformed at random"
         + ", onto themselves and each other, as other scanners might show them" * recipe.others,
         "licence": "weights: Apache-2.0; data: CC BY-SA 3.0 (IXI)",
     }
@@ -502,19 +518,27 @@ def train(
 
 
 def embed() -> None:
-    """Put the network that travels with the package there, in half precision.
+    """Put the network that travels with the package there."""
+    path = TRAININGS.weights(EMBEDDED, NETWORKS[EMBEDDED].seeds[0])
+    embed_as(WEIGHTS, path, "RA", 2.0, "data_scripts/georeg_synthetic.py embed")
 
-    Its images are slices of 2 mm, which those of the table do not say.
+
+def embed_as(target: Path, path: Path, orientation: str, spacing: float, script: str) -> None:
+    """Write a trained GeoReg in half precision, for all who have images.
+
+    Args:
+        target: of the file.
+        path: of the weights; those of a table do not say what their images were.
+        orientation: of their axes.
+        spacing: of these, mm.
+        script: the command that does it.
     """
-    network = georeg.load(TRAININGS.weights(EMBEDDED, NETWORKS[EMBEDDED].seeds[0]))
-    taken = network.card["input"] | {
-        "range": [0.0, 1.0],
-        "orientation": "RA",
-        "spacing": [2.0, 2.0],
-    }
-    card = network.card | {"input": taken, "script": "data_scripts/georeg_synthetic.py embed"}
-    georeg.save(network.half(), WEIGHTS, card=card)
-    print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 2**20:.2f} MiB")
+    network = georeg.load(path)
+    taken = {"range": [0.0, 1.0], "orientation": orientation}
+    taken |= {"spacing": [spacing] * len(orientation)}
+    card = network.card | {"input": network.card["input"] | taken, "script": script}
+    georeg.save(network.half(), target, card=card)
+    print(f"{target}: {target.stat().st_size / 2**20:.2f} MiB")
 
 
 def train_all(names: Sequence[str]) -> None:
