@@ -315,7 +315,7 @@ class Recipe(NamedTuple):
     others: bool = False  #: also pairs of two subjects, and as other scanners show them
     dimensions: int = 2
     pooled: int = 1  #: so many voxels of 2 mm along each axis are one
-    watched: int = VALIDATED  #: tuning pairs of each cell
+    watched: int | None = None  #: tuning pairs of each cell; None: ``VALIDATED``
 
     def network(self) -> AnyNetwork:
         """A new one."""
@@ -489,7 +489,7 @@ def train_recipe(name: str, recipe: Recipe, seed: int, steps: int, path: Path) -
     """:func:`train`, whatever the recipe is."""
     device = trainings.begin(seed)
     network = recipe.network().to(device)
-    pairs = tuning_pairs(recipe.watched, recipe.dimensions, recipe.pooled)
+    pairs = tuning_pairs(recipe.watched or VALIDATED, recipe.dimensions, recipe.pooled)
     watched = Pairs(*(x.to(device) for x in pairs))
     found, errors = trainings.learn(
         network,

@@ -498,9 +498,8 @@ def test_pretrained_weights_register_unseen_digits() -> None:
 
 
 def test_no_weights_of_an_unknown_name() -> None:
-    with pytest.raises(
-        ValueError, match="name: wanted one of 'mnist', 'brain_slices', got 'faces'"
-    ):
+    wanted = "'mnist', 'brain_slices', 'brain_volumes'"
+    with pytest.raises(ValueError, match=f"name: wanted one of {wanted}, got 'faces'"):
         georeg.load_pretrained("faces")
 
 

@@ -44,16 +44,19 @@ def test_results_name_script_commit_hardware_and_seconds(path: Path) -> None:
 @pytest.mark.parametrize(
     ("results", "calibration"),
     [
-        ("fcn_hippocampus", "fcn_steps"),
-        ("georeg_synthetic", "georeg_synthetic_steps"),
-        ("georeg_synthetic_tuning", "georeg_synthetic_explored_steps"),
+        (["fcn_hippocampus"], "fcn_steps"),
+        (["georeg_synthetic"], "georeg_synthetic_steps"),
+        (["georeg_synthetic_tuning"], "georeg_synthetic_explored_steps"),
+        (["georeg_subjects", "georeg_layers"], "georeg_subjects_steps"),
     ],
 )
-def test_networks_of_a_table_were_trained_as_calibrated(results: str, calibration: str) -> None:
+def test_networks_of_a_table_were_trained_as_calibrated(
+    results: list[str], calibration: str
+) -> None:
     """Whoever trains them again takes as many steps; those trained for longer have none there."""
     steps = json.loads((ROOT / "data_scripts" / f"{calibration}.json").read_text())["steps"]
-    content = read_results(results)
-    trained = content.get("training", content["runs"])
+    contents = map(read_results, results)
+    trained = [run for own in contents for run in own.get("training", own["runs"])]
     found = {run["network"]: run.get("settings", run.get("training"))["steps"] for run in trained}
     assert steps.keys() <= found.keys()
     assert {name: found[name] for name in steps} == steps

@@ -105,8 +105,8 @@ def register(
             "velocity that an untrained network makes of noise (--set preset=paper: a "
             "displacement, as in the paper, which takes long). Trained networks: georeg, for grey "
             "plane images, trained on handwritten digits (--set pretrained=brain_slices: on axial "
-            "T1 slices of brains without skull); fcn, for volumes, trained on boxes around the "
-            "hippocampus.",
+            "T1 slices of brains without skull; pretrained=brain_volumes: on whole ones); fcn, for "
+            "volumes, trained on boxes around the hippocampus.",
             show_default=False,
         ),
     ],
