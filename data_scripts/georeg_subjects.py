@@ -217,7 +217,7 @@ def known_pair(name: str) -> Loaded:
 
 
 def measure(pair: Loaded, u: Tensor) -> dict[str, Any]:
-    """Everything about a displacement ``(1, 2, H, W)`` in pixels."""
+    """Everything about a displacement ``(1, D, *S)`` in pixels."""
     u = u.float()
     found: dict[str, Any] = regularity(u)
     if pair.truth is not None:

@@ -197,7 +197,7 @@ def train(
     method, kind = NETWORKS[name]
     recipe, path = RECIPES[method], path or TRAININGS.weights(name, seed)
     recipe, device = recipe._replace(batch=batch or recipe.batch), trainings.begin(seed)
-    network = recipe.network(2).to(device)
+    network = recipe.network().to(device)
     watched = Labelled(*(x.to(device) for x in tuning_pairs(kind)))
     found, values = trainings.learn(
         network,
@@ -232,7 +232,7 @@ def calibrate() -> None:
     def step_of(name: str) -> Callable[[], object]:
         method, kind = NETWORKS[name]
         recipe = RECIPES[method]
-        network, loss = recipe.network(2), recipe.loss()
+        network, loss = recipe.network(), recipe.loss()
         pairs = stream(kind, recipe.batch, 0, "cpu")
         return lambda: fit(network, pairs, loss, steps=1, lr=recipe.lr, progress=False)
 

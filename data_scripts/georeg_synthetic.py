@@ -209,11 +209,11 @@ def measure(pair: Known, u: Tensor) -> dict[str, Any]:
 
 
 def overlap(u: Tensor, moving: Tensor, fixed: Tensor, count: int) -> dict[str, Any]:
-    """Dice and HD95 of structures that both images have enough of, in the plane.
+    """Dice and HD95 of structures that both images have enough of.
 
     Args:
-        u: displacement ``(1, 2, H, W)`` in pixels.
-        moving: labels from 1 to ``count``, ``(1, 1, H, W)``.
+        u: displacement ``(1, D, *S)`` in pixels.
+        moving: labels from 1 to ``count``, ``(1, 1, *S)``.
         fixed: likewise.
         count: structures.
     """

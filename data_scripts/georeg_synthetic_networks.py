@@ -26,7 +26,7 @@ from trainings import Stream, Trainings
 
 from reglib.geometry.affine import affine_field, affine_matrix, grid_centre
 from reglib.geometry.sampling import transform_grid, warp, warp_labels
-from reglib.geometry.smoothing import gaussian_smooth
+from reglib.geometry.smoothing import gaussian_smooth, pyramid
 from reglib.methods import fcn, georeg
 from reglib.objectives.metrics import folding
 from reglib.objectives.regularity import diffusion, total_variation
@@ -210,32 +210,42 @@ class DeformedPairs(Stream):
         planes: of each subject.
         others: every second fixed image is of another subject, in the same plane, and both images
             are :func:`varied`.
+        told: also give the truth, and where it is known; of two subjects it is how the fixed one
+            was deformed.
     """
 
     def __init__(
-        self, images: Tensor, batch: int, seed: int, *, planes: int = 1, others: bool = False
+        self,
+        images: Tensor,
+        batch: int,
+        seed: int,
+        *,
+        planes: int = 1,
+        others: bool = False,
+        told: bool = False,
     ) -> None:
         super().__init__(seed, images.device)
-        self.images, self.batch, self.planes, self.others = images, batch, planes, others
+        self.images, self.batch, self.planes = images, batch, planes
+        self.others, self.told = others, told
 
     def _draw(self, count: int) -> Tensor:
         size, device = (self.batch,), self.images.device
         return torch.randint(count, size, generator=self.generator, device=device)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Moving and fixed, without end."""
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Moving and fixed, without end; as :class:`Pairs` where they are told."""
         count = len(self.images)
         while True:
             place = self._draw(count)
             cells = [CELLS[n] for n in self._draw(len(CELLS)).tolist()]
             if not self.others:
                 pairs = deformed(self.images[place], cells, self.generator)
-                yield pairs.moving, pairs.fixed
-                continue
-            away = self.planes * self._draw(count // self.planes) * self._draw(2)
-            pairs = deformed(self.images[(place + away) % count], cells, self.generator)
-            moving = varied(self.images[place], self.generator)
-            yield moving, varied(pairs.fixed, self.generator)
+            else:
+                away = self.planes * self._draw(count // self.planes) * self._draw(2)
+                pairs = deformed(self.images[(place + away) % count], cells, self.generator)
+                moving = varied(self.images[place], self.generator)
+                pairs = pairs._replace(moving=moving, fixed=varied(pairs.fixed, self.generator))
+            yield pairs if self.told else pairs[:2]
 
 
 # --- Images -----------------------------------------------------------------------------------
@@ -269,18 +279,26 @@ def load(part: str, dimensions: int = 2) -> Brains:
     return Brains(names, images.float() / 255, labels)
 
 
-def pair_of(part: str, place: int, cell: Cell, dimensions: int = 2) -> Pairs:
-    """The one pair that tuning or test has of a subject and a cell."""
+def larger(images: Tensor, pooled: int) -> Tensor:
+    """Volumes ``(B, 1, *S)`` of which so many voxels along each axis are averaged; 1 for slices."""
+    return images if pooled == 1 else functional.avg_pool3d(images, pooled)
+
+
+def pair_of(part: str, place: int, cell: Cell, dimensions: int = 2, pooled: int = 1) -> Pairs:
+    """The one pair that tuning or test has of a subject and a cell, ``(1, 1, *S)``.
+
+    The field is in voxels of the images, of 2 mm or of ``pooled`` times as much.
+    """
     seed = 1000 * (1 + list(PARTS).index(part)) + len(CELLS) * place + CELLS.index(cell)
-    image = load(part, dimensions).images[place : place + 1]
+    image = larger(load(part, dimensions).images[place : place + 1], pooled)
     return deformed(image, [cell], torch.Generator().manual_seed(seed))
 
 
-def tuning_pairs(count: int, dimensions: int = 2) -> Pairs:
+def tuning_pairs(count: int, dimensions: int = 2, pooled: int = 1) -> Pairs:
     """So many tuning pairs of every cell, of all subjects in turn."""
     subjects = len(load("tuning", dimensions).subjects)
     found = [
-        pair_of("tuning", (count * number + k) % subjects, cell, dimensions)
+        pair_of("tuning", (count * number + k) % subjects, cell, dimensions, pooled)
         for number, cell in enumerate(CELLS)
         for k in range(count)
     ]
@@ -291,6 +309,29 @@ def endpoint_error(field: Tensor, pairs: Pairs) -> Tensor:
     """Mean distance of a field from the truth within the mask, voxels, ``(B,)``."""
     apart = torch.linalg.vector_norm(field - pairs.field, dim=1, keepdim=True)
     return (apart * pairs.mask).flatten(1).sum(1) / pairs.mask.flatten(1).sum(1)
+
+
+def off_truth(
+    output: georeg.Output, field: Tensor, mask: Tensor, weights: Sequence[float]
+) -> Tensor:
+    """How far GeoReg's fields are from the truth within the mask, all of them summed.
+
+    Args:
+        output: of the network.
+        field: the truth, ``(B, D, *S)`` in voxels; levels are compared with its means.
+        mask: ``(B, 1, *S)``.
+        weights: of the mean distance at each level, in its voxels, finest first.
+    """
+    truths = [x / 2**level for level, x in enumerate(pyramid(field, len(weights)))]
+    masks = pyramid(mask.to(field), len(weights))
+    total = field.new_zeros(())
+    for level, _, found in output.stages:
+        if weights[level]:
+            # Its gradient is finite at 0.
+            apart = (found - truths[level]).square().sum(1, keepdim=True).add(1e-4).sqrt()
+            inside = masks[level]
+            total = total + weights[level] * (apart * inside).sum() / inside.sum()
+    return total
 
 
 # --- Networks ---------------------------------------------------------------------------------
@@ -307,10 +348,14 @@ class Recipe(NamedTuple):
     seeds: Sequence[int] = SEEDS
     longer: tuple[str, int] | None = None  #: so many times the steps of another
     others: bool = False  #: also pairs of two subjects, and as other scanners show them
+    dimensions: int = 2
+    pooled: int = 1  #: so many voxels of 2 mm along each axis are one
+    watched: int | None = None  #: tuning pairs of each cell; None: ``VALIDATED``
+    truth: Sequence[float] | None = None  #: what :func:`off_truth` counts at each level, if at all
 
-    def network(self, dimensions: int) -> AnyNetwork:
+    def network(self) -> AnyNetwork:
         """A new one."""
-        own = {"dimensions": dimensions} | self.settings
+        own = {"dimensions": self.dimensions} | self.settings
         if self.kind == "georeg":
             return georeg.GeoReg(**own)
         if self.kind == "voxelmorph":
@@ -322,11 +367,22 @@ class Recipe(NamedTuple):
     def loss(self) -> Callable[..., dict[str, Tensor]]:
         """What is minimised."""
         module = georeg if self.kind == "georeg" else fcn
-        return functools.partial(module.objective, **self.objective)
+        by_images = functools.partial(module.objective, **self.objective)
+        if self.truth is None:
+            return by_images
+
+        def told(
+            output: georeg.Output, moving: Tensor, fixed: Tensor, field: Tensor, mask: Tensor
+        ) -> dict[str, Tensor]:
+            terms: dict[str, Tensor] = by_images(output, moving, fixed)
+            return terms | {"truth": off_truth(output, field, mask, self.truth or ())}
+
+        return told
 
     def as_json(self) -> dict[str, Any]:
         """The recipe without functions."""
         names = ("kind", "settings", "lr", "batch") + ("others",) * self.others
+        names += ("pooled",) * (self.pooled > 1) + ("truth",) * (self.truth is not None)
         found = {name: getattr(self, name) for name in names}
         return found | {"objective": trainings.named(self.objective)}
 
@@ -412,19 +468,20 @@ DIFFEOMORPHIC = ("VoxelMorph", "FCN, composed")
 # --- Training ---------------------------------------------------------------------------------
 
 
-def stream(recipe: Recipe, seed: int, dimensions: int, device: str) -> DeformedPairs:
+def stream(recipe: Recipe, seed: int, device: str) -> DeformedPairs:
     """What a network is trained on."""
-    images = load("training", dimensions).images.to(device)
-    planes = len(TRAINING_PLANES) if dimensions == 2 else 1
-    return DeformedPairs(images, recipe.batch, seed, planes=planes, others=recipe.others)
+    images = larger(load("training", recipe.dimensions).images, recipe.pooled).to(device)
+    planes = len(TRAINING_PLANES) if recipe.dimensions == 2 else 1
+    told = recipe.truth is not None
+    return DeformedPairs(images, recipe.batch, seed, planes=planes, others=recipe.others, told=told)
 
 
 def calibrate(recipes: Mapping[str, Recipe] | None = None, own: Trainings | None = None) -> None:
     """Measure a step of every network and write how many the time allows; ``None``: the table's."""
 
     def step_of(recipe: Recipe) -> Callable[[], object]:
-        network, loss = recipe.network(2), recipe.loss()
-        pairs = stream(recipe, 0, 2, "cpu")
+        network, loss = recipe.network(), recipe.loss()
+        pairs = stream(recipe, 0, "cpu")
         return lambda: fit(network, pairs, loss, steps=1, lr=recipe.lr, progress=False)
 
     each = NETWORKS if recipes is None else recipes
@@ -471,13 +528,21 @@ def train(
         What is known about the training, JSON.
     """
     recipe, own = (NETWORKS | EXPLORED)[name], EXPLORATION if name in EXPLORED else TRAININGS
-    path = path or own.weights(name, seed)
-    recipe, device = recipe._replace(batch=batch or recipe.batch), trainings.begin(seed)
-    network = recipe.network(dimensions).to(device)
-    watched = Pairs(*(x.to(device) for x in tuning_pairs(VALIDATED, dimensions)))
+    recipe = recipe._replace(batch=batch or recipe.batch, dimensions=dimensions)
+    return train_recipe(name, recipe, seed, steps, path or own.weights(name, seed))
+
+
+def train_recipe(
+    name: str, recipe: Recipe, seed: int, steps: int, path: Path, threads: int = 1
+) -> dict[str, Any]:
+    """:func:`train`, whatever the recipe is; errors are in voxels of its images."""
+    device = trainings.begin(seed, threads)
+    network = recipe.network().to(device)
+    pairs = tuning_pairs(recipe.watched or VALIDATED, recipe.dimensions, recipe.pooled)
+    watched = Pairs(*(x.to(device) for x in pairs))
     found, errors = trainings.learn(
         network,
-        stream(recipe, seed, dimensions, device),
+        stream(recipe, seed, device),
         recipe.loss(),
         path,
         steps=steps,
@@ -486,14 +551,14 @@ def train(
         every=VALIDATE_EVERY,
     )
     still = endpoint_error(torch.zeros_like(watched.field), watched).mean()
-    training = recipe.as_json() | {"steps": steps, "dimensions": dimensions}
+    training = recipe.as_json() | {"steps": steps, "dimensions": recipe.dimensions}
     record: dict[str, Any] = {"network": name, "seed": seed, "training": training} | found
     record |= {"tuning_every": VALIDATE_EVERY, "tuning_error": errors}
     record["tuning_error_before"] = round(float(still), 4)
     multiple = network.size_multiple if isinstance(network, georeg.GeoReg) else 16
     card = {key: value for key, value in record.items() if key not in ("loss", "tuning_every")} | {
         "input": {"channels": 1, "size_multiple": multiple},
-        "trained_on": "IXI, 100 brains at 2 mm (splits.json), deformed at random"
+        "trained_on": f"IXI, 100 brains at {2 * recipe.pooled} mm (splits.json), deformed at random"
         + ", onto themselves and each other, as other scanners might show them" * recipe.others,
         "licence": "weights: Apache-2.0; data: CC BY-SA 3.0 (IXI)",
     }
@@ -502,19 +567,27 @@ def train(
 
 
 def embed() -> None:
-    """Put the network that travels with the package there, in half precision.
+    """Put the network that travels with the package there."""
+    path = TRAININGS.weights(EMBEDDED, NETWORKS[EMBEDDED].seeds[0])
+    embed_as(WEIGHTS, path, "RA", 2.0, "data_scripts/georeg_synthetic.py embed")
 
-    Its images are slices of 2 mm, which those of the table do not say.
+
+def embed_as(target: Path, path: Path, orientation: str, spacing: float, script: str) -> None:
+    """Write a trained GeoReg in half precision, for all who have images.
+
+    Args:
+        target: of the file.
+        path: of the weights; those of a table do not say what their images were.
+        orientation: of their axes.
+        spacing: of these, mm.
+        script: the command that does it.
     """
-    network = georeg.load(TRAININGS.weights(EMBEDDED, NETWORKS[EMBEDDED].seeds[0]))
-    taken = network.card["input"] | {
-        "range": [0.0, 1.0],
-        "orientation": "RA",
-        "spacing": [2.0, 2.0],
-    }
-    card = network.card | {"input": taken, "script": "data_scripts/georeg_synthetic.py embed"}
-    georeg.save(network.half(), WEIGHTS, card=card)
-    print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 2**20:.2f} MiB")
+    network = georeg.load(path)
+    taken = {"range": [0.0, 1.0], "orientation": orientation}
+    taken |= {"spacing": [spacing] * len(orientation)}
+    card = network.card | {"input": network.card["input"] | taken, "script": script}
+    georeg.save(network.half(), target, card=card)
+    print(f"{target}: {target.stat().st_size / 2**20:.2f} MiB")
 
 
 def train_all(names: Sequence[str]) -> None:

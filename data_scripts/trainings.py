@@ -47,8 +47,8 @@ class Stream(abc.ABC):
         self.generator = torch.Generator(device).manual_seed(seed)
 
     @abc.abstractmethod
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Moving and fixed, without end."""
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Moving and fixed and what else the objective wants, without end."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the generator."""
@@ -67,12 +67,12 @@ def named(objective: Mapping[str, Any]) -> dict[str, Any]:
     return {key: getattr(value, "__name__", value) for key, value in objective.items()}
 
 
-def begin(seed: int) -> str:
-    """Seed the first weights and say where to train: on a GPU, else on one thread."""
+def begin(seed: int, threads: int = 1) -> str:
+    """Seed the first weights and say where to train: on a GPU, else on so many threads."""
     torch.manual_seed(seed)
     if torch.cuda.is_available():
         return "cuda"
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     return "cpu"
 
 
@@ -154,12 +154,14 @@ class Trainings:
     Args:
         folder: of weights, checkpoints and ``training.json``.
         calibration: steps of every network, and the measured seconds of a step that they come from.
-        seconds: of the training of each network, on one thread.
+        seconds: of the training of each network.
+        threads: that each has.
     """
 
     folder: Path
     calibration: Path
     seconds: float = 900.0
+    threads: int = 1
 
     @property
     def log(self) -> Path:
@@ -184,7 +186,7 @@ class Trainings:
 
     def calibrate(self, steps: Mapping[str, Callable[[], object]]) -> None:
         """Measure a step of every network, all in turn, and write how many ``seconds`` allow."""
-        torch.set_num_threads(1)
+        torch.set_num_threads(self.threads)
         start, before = time.perf_counter(), timing.load()
         found = timing.in_turn(steps, repeats=5)
         # Two digits.
@@ -204,7 +206,9 @@ class Trainings:
     def train_missing(
         self, train: Train, tasks: Sequence[tuple[str, int, int]], quality: str
     ) -> None:
-        """Train what is missing, one per core; results go into ``folder`` network by network.
+        """Train what is missing, one after the other or as many at once as there are cores for.
+
+        Results go into ``folder`` network by network.
 
         Args:
             train: trains one network in a process of its own.
@@ -215,7 +219,8 @@ class Trainings:
         done = {(run["network"], run["seed"]) for run in runs}
         missing = [task for task in tasks if task[:2] not in done]
         workers = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=workers) as executor:
+        together = max(1, (os.cpu_count() or 1) // self.threads)
+        with ProcessPoolExecutor(together, mp_context=workers) as executor:
             futures = [executor.submit(train, *task) for task in missing]
             for number, future in enumerate(as_completed(futures), 1):
                 record = future.result()

@@ -1104,7 +1104,8 @@ def test_a_trained_network_is_chosen_by_its_name(tmp_path):
         assert found.card == wanted.card
         for one, other in zip(found.parameters(), wanted.parameters(), strict=True):
             assert torch.equal(one, other)
-    with pytest.raises(typer.BadParameter, match=r"wanted mnist or brain_slices.*got faces"):
+    known = " or ".join(georeg.PRETRAINED)
+    with pytest.raises(typer.BadParameter, match=rf"wanted {known}.*got faces"):
         planned("pretrained=faces")
     georeg.save(load_pretrained(), tmp_path / "own.safetensors", card={})
     with pytest.raises(typer.BadParameter, match="no weights beside it"):

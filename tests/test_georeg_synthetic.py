@@ -399,7 +399,7 @@ def test_recipes_make_networks_that_start_near_the_identity_and_have_a_finite_lo
     for name, recipe in networks.NETWORKS.items():
         assert json.loads(json.dumps(recipe.as_json()))["kind"] == recipe.kind
         torch.manual_seed(0)
-        network = recipe.network(2)
+        network = recipe.network()
         output = network(pairs.moving, pairs.fixed)
         assert output.field.shape == (2, 2, 80, 96)
         # GeoReg's first steps are in voxels of its coarsest level, 16 pixels.
@@ -587,7 +587,7 @@ def test_what_was_tried_stands_beside_georeg_on_tuning_pairs(small, monkeypatch,
 def test_every_form_that_was_tried_is_a_network():
     for name, recipe in networks.EXPLORED.items():
         assert json.loads(json.dumps(recipe.as_json()))["kind"] == "georeg", name
-        network = recipe.network(2)
+        network = recipe.network()
         x = torch.rand(1, 1, 32, 32)
         assert recipe.loss()(network(x, x), x, x)["regularity"] >= 0
 
@@ -792,5 +792,5 @@ def test_georeg_ablation_differs_only_in_how_it_looks():
         k: v for k, v in ablated.settings.items() if k not in changed
     }
     assert own[2:] == ablated[2:]
-    assert isinstance(own.network(2), georeg.GeoReg)
-    assert isinstance(networks.NETWORKS["FCN"].network(2), fcn.FCN)
+    assert isinstance(own.network(), georeg.GeoReg)
+    assert isinstance(networks.NETWORKS["FCN"].network(), fcn.FCN)

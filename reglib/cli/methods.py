@@ -312,7 +312,7 @@ def _value(value: Any, kind: str) -> Any:
 
 
 #: As in :data:`reglib.methods.georeg.PRETRAINED`, which takes a second to import.
-GEOREG_NETWORKS = ("mnist", "brain_slices")
+GEOREG_NETWORKS = ("mnist", "brain_slices", "brain_volumes")
 
 METHODS: dict[Name, _Kind] = {
     Name.RIGID: _Kind(_rigid, Transform.RIGID, starts=(Start.NONE,)),

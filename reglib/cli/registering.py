@@ -104,9 +104,9 @@ def register(
             "does not fold and has an inverse; bspline, a lattice of control points; dip, a "
             "velocity that an untrained network makes of noise (--set preset=paper: a "
             "displacement, as in the paper, which takes long). Trained networks: georeg, for grey "
-            "plane images, trained on handwritten digits (--set pretrained=brain_slices: on axial "
-            "T1 slices of brains without skull); fcn, for volumes, trained on boxes around the "
-            "hippocampus.",
+            "planes, trained on handwritten digits (--set pretrained=brain_slices: on axial T1 "
+            "slices of brains without skull; --set pretrained=brain_volumes: for volumes, on whole "
+            "T1 brains without skull); fcn, for volumes, trained on boxes around the hippocampus.",
             show_default=False,
         ),
     ],

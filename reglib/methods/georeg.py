@@ -65,9 +65,9 @@ PARTS = 16
 #: ones are not, as PyTorch convolves one small volume more slowly than two on a CPU.
 ALONE = 2**20
 
-#: Names of the networks that travel with the package, all for planes, and where they lie, relative
-#: to this folder. ``data_scripts/georeg_mnist.py`` and ``georeg_synthetic.py`` trained them.
-PRETRAINED = ("mnist", "brain_slices")
+#: Names of the networks that travel with the package, and where they lie, relative to this folder.
+#: ``data_scripts/georeg_mnist.py``, ``georeg_synthetic.py`` and ``georeg_volumes.py`` trained them.
+PRETRAINED = ("mnist", "brain_slices", "brain_volumes")
 WEIGHTS = "weights/georeg_{}.safetensors"
 
 
@@ -825,11 +825,12 @@ def load(path: str | Path, *, checkpointing: bool = False) -> GeoReg:
 
 
 def load_pretrained(name: str = "mnist") -> GeoReg:
-    """A 2-D network that travels with the package.
+    """A network that travels with the package.
 
     Args:
-        name: ``"mnist"``, trained on handwritten digits of 28 x 28 pixels, or ``"brain_slices"``,
-            trained on axial T1 slices of 2 mm without skull and large deformations of them.
+        name: ``"mnist"``, trained on handwritten digits of 28 x 28 pixels; ``"brain_slices"``,
+            trained on axial T1 slices of 2 mm without skull and large deformations of them; or
+            ``"brain_volumes"``, the same in 3-D, on whole brains of 4 mm.
 
     Returns:
         The network in evaluation mode, on the CPU; its ``card`` is everything that is known of it.

@@ -1,0 +1,222 @@
+"""The network for whole brains and its table: pairs, training, what travels, arithmetic.
+
+Processes and records are tested with the benchmark, the summary with the tables of slices. About
+10 s on one core.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from reglib.data.nifti import read_field, write_image
+from reglib.geometry.fields import upsample_field
+from reglib.geometry.sampling import warp
+from reglib.methods import georeg
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "data_scripts"
+sys.path.insert(0, str(SCRIPTS))
+try:
+    script = importlib.import_module("georeg_volumes")
+    networks = importlib.import_module("georeg_synthetic_networks")
+    records = importlib.import_module("benchmark_record")
+finally:
+    sys.path.remove(str(SCRIPTS))
+
+SHAPE = (16, 24, 32)
+NAMES = [f"subject {n}" for n in range(30)]
+
+
+def load(part: str, dimensions: int = 2):
+    """Balls in place of brains, their halves as structures."""
+    assert dimensions == 3
+    names = NAMES if part == "test" else NAMES[:3]
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in SHAPE), indexing="ij"), -1)
+    x = (places - torch.tensor([0.45 * n for n in SHAPE])) / torch.tensor(SHAPE)
+    ball = (1 - (x.norm(dim=-1) / 0.4) ** 2).clamp(0, 1)[None, None]
+    shades = 1 - torch.arange(len(names)).view(-1, 1, 1, 1, 1) / 60
+    labels = (ball > 0).byte() * (1 + (x[..., 0] > 0).byte())
+    return networks.Brains(names, ball * shades, labels.expand(len(names), 1, *SHAPE))
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A network of two levels that is trained for two steps."""
+    for module in (script, networks):
+        monkeypatch.setattr(module, "load", load)
+    settings = {"channels": [2, 4], "neighbourhoods": [0, 3], "iterations": [0, 1]}
+    recipe = script.NETWORKS["GeoReg"]
+    recipe = recipe._replace(
+        settings=recipe.settings | settings | {"interpolation": [2]},
+        objective={"similarity": networks.lncc_of_five, "regularity_weight": [1.0, 0.5]},
+    )
+    monkeypatch.setattr(script, "NETWORKS", {"GeoReg": recipe})
+    own = script.Trainings(tmp_path / "new", tmp_path / "steps.json")
+    own.calibration.write_text(json.dumps({"steps": {"GeoReg": 2}}))
+    monkeypatch.setattr(script, "TRAININGS", own)
+    monkeypatch.setattr(script, "WORK", tmp_path)
+    monkeypatch.setattr(script, "WEIGHTS", tmp_path / "embedded.safetensors")
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "results.json")
+    script.trained.cache_clear()
+    yield
+    script.trained.cache_clear()
+
+
+def test_every_subject_is_deformed_once_and_moves_once(small):
+    found = script.cases("test")
+    deformed = [case for case in found if case.set != script.T1]
+    for family in networks.FAMILIES:
+        assert sum(case.set == family for case in deformed) == 6
+    cells = [script.cell_of(case.cluster, len(NAMES)) for case in deformed]
+    assert Counter(cells) == dict.fromkeys(networks.CELLS, 2)
+    assert [cell.family for cell in cells] == [case.set for case in deformed]
+    assert [case.moving for case in deformed] == [case.fixed for case in deformed] == NAMES
+    onto_others = found[len(deformed) :]
+    assert [case.moving for case in onto_others] == NAMES
+    assert sorted(case.fixed for case in onto_others) == sorted(NAMES)
+    assert all(case.moving != case.fixed for case in onto_others)
+    # Nobody is in two clusters.
+    of = {(name, case.cluster) for case in onto_others for name in (case.moving, case.fixed)}
+    assert len(of) == len(NAMES)
+
+
+@pytest.mark.parametrize("count", [3, 10, 15, 30])
+def test_few_subjects_meet_every_family_they_can(count):
+    families = Counter(script.cell_of(n, count).family for n in range(count))
+    assert max(families.values()) - min(families.values()) <= 1
+    assert len(families) == min(count, len(networks.FAMILIES))
+
+
+def test_the_truth_carries_image_and_labels(small):
+    case = next(case for case in script.cases("test") if case.set == "translation")
+    pair = script.load_pair(case, "test")
+    again = warp(pair.moving.tensor, pair.truth.field, padding="zeros")
+    # Noise has a standard deviation of 0.02.
+    assert float((pair.fixed.tensor - again).abs().max()) < 6 * networks.NOISE
+    cell = script.cell_of(case.cluster, len(NAMES))
+    own = networks.pair_of("test", case.cluster, cell, 3)
+    assert torch.equal(pair.truth.field, own.field)
+    assert not torch.equal(own.field, networks.pair_of("test", case.cluster + 1, cell, 3).field)
+    # Labels lie where the images are bright, but for noise and the rounding of borders.
+    for image, labels in ((pair.moving, pair.moving_labels), (pair.fixed, pair.fixed_labels)):
+        bright = image.tensor > 0.1
+        assert ((labels > 0) == bright)[bright].float().mean() > 0.98
+    # A misfit of 3 and 4 voxels along two axes is one of 5.
+    off = torch.tensor([3.0, 0.0, 4.0]).view(1, 3, 1, 1, 1)
+    found = [script.measure(pair, pair.truth.field + x) for x in (0, off)]
+    assert [own["error"] for own in found] == pytest.approx([0, 5], abs=1e-4)
+    assert found[0]["mean_dice"] == 1 > found[1]["mean_dice"]
+
+
+def test_two_people_have_labels_and_no_truth(small):
+    case = script.cases("test")[-1]
+    pair = script.load_pair(case, "test")
+    members = load("test", 3)
+    assert pair.truth is None
+    for image, labels, name in (
+        (pair.moving, pair.moving_labels, case.moving),
+        (pair.fixed, pair.fixed_labels, case.fixed),
+    ):
+        place = NAMES.index(name)
+        assert torch.equal(image.tensor[0], members.images[place])
+        assert torch.equal(labels[0], members.labels[place].long())
+        assert image.spacing == (2.0, 2.0, 2.0)
+    assert "error" not in script.measure(pair, torch.zeros(1, 3, *SHAPE))
+
+
+def test_what_is_trained_on_has_voxels_of_twice_the_size(small):
+    recipe = script.NETWORKS["GeoReg"]
+    moving, fixed = next(iter(networks.stream(recipe, 0, "cpu")))
+    assert moving.shape == fixed.shape == (recipe.batch, 1, *(n // 2 for n in SHAPE))
+    image = load("tuning", 3).images[:1]
+    pair = networks.pair_of("tuning", 0, networks.Cell("all", 3), 3, 2)
+    i, j, k = 3, 5, 8
+    mean = image[0, 0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2].mean()
+    assert float(pair.moving[0, 0, i, j, k]) == pytest.approx(float(mean), abs=1e-6)
+    # The field is in voxels of these images.
+    again = warp(pair.moving, pair.field, padding="zeros")
+    assert float((pair.fixed - again).abs().max()) < 6 * networks.NOISE
+
+
+def test_the_network_that_travels_is_the_trained_one_and_brings_volumes_to_4_mm(small, tmp_path):
+    """Through ``register`` it finds what it finds of the means of 2 x 2 x 2 voxels.
+
+    Images are brought to 4 mm by smoothing and interpolation, which is not quite the mean: a tenth
+    of the motion may differ. A slip of axis or scale would make a third of it or more.
+    """
+    with pytest.raises(SystemExit, match="not trained yet"):
+        script.test("tuning", ["GeoReg"], [])
+    record = script.train("GeoReg", 0, 2)
+    # Steps that can be seen: other ones along each axis.
+    path = script.TRAININGS.weights("GeoReg", 0)
+    network = georeg.load(path)
+    first, _, last = network.refinements[1].attention.head
+    with torch.no_grad():
+        first.bias[0] = 1
+        last.weight[:, 0] = torch.tensor([0.5, -1.0, 1.5])
+    georeg.save(network, path, card=network.card)
+    script.embed()
+    assert record["training"]["steps"] == 2
+    assert record["training"]["pooled"] == 2
+    trained = georeg.load(script.TRAININGS.weights("GeoReg", 0))
+    embedded = georeg.load(script.WEIGHTS)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(embedded.state_dict()[name], value.half().float())
+    said = {"range": [0.0, 1.0], "orientation": "RAS", "spacing": [4.0] * 3}
+    assert embedded.card["input"] == trained.card["input"] | said
+
+    configurations = json.loads(json.dumps(script.configurations()))
+    kinds = {
+        "reglib affine + velocity": ["Affine", "Velocity"],
+        "GeoReg": ["Network"],
+        "GeoReg, then velocity": ["Network", "Velocity"],
+    }
+    for name, wanted in kinds.items():
+        methods = script.methods_of(configurations[name])
+        assert [type(method).__name__ for method in methods] == wanted
+    assert configurations["GeoReg"]["training"] == record["training"]
+    pair = script.load_pair(script.cases("test")[-1], "test")
+    files = {part: tmp_path / f"{part}.nii.gz" for part in ("moving", "fixed", "field")}
+    for part, image in (("moving", pair.moving), ("fixed", pair.fixed)):
+        write_image(files[part], image)
+    settings = configurations["GeoReg"] | {"weights": str(script.WEIGHTS)}
+    script.run_reglib(*map(str, files.values()), settings, methods_of=script.methods_of)
+    found = read_field(files["field"])[0].float()
+    assert found.shape == (1, 3, *SHAPE)
+    pooled = [
+        torch.nn.functional.avg_pool3d(image.tensor, 2) for image in (pair.moving, pair.fixed)
+    ]
+    with torch.no_grad():
+        coarse = embedded(*((x - x.min()) / (x.max() - x.min()) for x in pooled)).field
+    wanted = upsample_field(coarse, 2, SHAPE)
+    inside = (slice(None), slice(None), *(slice(4, -4),) * 3)
+    along = wanted[inside].mean((0, 2, 3, 4))
+    assert along.abs().min() > 0.5
+    assert (along[:, None] - along).abs().add(torch.eye(3)).min() > 0.5
+    apart, length = (x[inside].norm(dim=1).mean() for x in (found - wanted, wanted))
+    assert apart < length / 10
+
+
+def test_no_table_of_unknown_names(small):
+    with pytest.raises(SystemExit, match="no such configuration"):
+        script.test("tuning", ["nobody"], [])
+    with pytest.raises(SystemExit, match="no such configuration"):
+        script.test("tuning", None, ["nobody"])
+
+
+def test_what_travels_was_trained_as_the_script_says():
+    """Steps of the calibration, settings and images of the recipe."""
+    found = georeg.load_pretrained(script.NAME).card
+    calibration = json.loads((SCRIPTS / "georeg_volumes_steps.json").read_text())
+    assert found["training"]["steps"] == calibration["steps"]["GeoReg"]
+    recipe = json.loads(json.dumps(script.NETWORKS["GeoReg"].as_json()))
+    assert recipe.items() <= found["training"].items()
+    assert found["input"]["spacing"] == [script.POOLED * script.VOXEL] * 3
+    assert not found["provenance"]["uncommitted_changes"]
