@@ -1,7 +1,7 @@
 """GeoReg for whole brains: the network that travels with the package, and what it is worth.
 
     REGLIB_DATA=FOLDER python data_scripts/brains.py              # volumes -> one file
-    python data_scripts/georeg_volumes.py train                   # an hour of two threads
+    python data_scripts/georeg_volumes.py train                   # 75 minutes of two threads
     python data_scripts/georeg_volumes.py embed                   # weights -> reglib/
     REGLIB_DATA=FOLDER python data_scripts/georeg_volumes.py test
 
@@ -27,7 +27,7 @@ for slices it differs in this:
   1 MiB; pairs come by twos, at half the learning rate, as with that of the slices the coarsest
   level does not lower the error on tuning pairs.
 
-It has as many steps as 60 minutes of two threads allowed on the machine that
+It has as many steps as 75 minutes of two threads allowed on the machine that
 georeg_volumes_steps.json names.
 
 ``test`` registers volumes of 2 mm, as their owner would, through reglib.registration.register,
@@ -73,7 +73,7 @@ from reglib.weights import load_weights
 
 WORK = ROOT / "build" / "georeg_volumes"
 RESULTS = ROOT / "results" / "georeg_volumes.json"
-TRAININGS = Trainings(WORK, ROOT / "data_scripts" / "georeg_volumes_steps.json", 3600.0, threads=2)
+TRAININGS = Trainings(WORK, ROOT / "data_scripts" / "georeg_volumes_steps.json", 4500.0, threads=2)
 NAME = "brain_volumes"
 WEIGHTS = ROOT / "reglib" / "methods" / georeg.WEIGHTS.format(NAME)
 
