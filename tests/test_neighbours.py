@@ -154,6 +154,26 @@ def test_in_single_precision_it_stays_close_to_the_double(d):
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("d", [2, 3])
+def test_the_gradient_is_not_rounded_where_the_backward_pass_runs_under_autocast(d):
+    """The same bits as without: bfloat16 has 8 bits, and to mix it with float32 is an error."""
+    c, shape = case(d, 2, 3, moved=True, reach=None), SHAPES[d]
+    single = Case(
+        *(None if x is None else x.detach().float() for x in list(vars(c).values())[:6]), 3, None
+    )
+    leaves = [x.requires_grad_() for x in single.leaves()]
+
+    def gradients() -> tuple[Tensor, ...]:
+        found = lean.attend(single.query, single.neighbours(shape), single.frequencies)
+        return torch.autograd.grad(found.square().sum(), leaves)
+
+    expected = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_a_pair_gives_in_a_batch_what_it_gives_alone():
     c, shape = case(2, 3, 3, moved=True, reach=None), SHAPES[2]
     together = lean.attend(c.query, c.neighbours(shape), c.frequencies)

@@ -168,6 +168,12 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # Autograd leaves autocast on where the caller does.
+        with no_autocast(gradient):
+            return _Attend._gradients(ctx, gradient)
+
+    @staticmethod
+    def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, features, centre, shift, place, frequencies = ctx.saved_tensors
         work = _Work(query, features, centre, shift, place, frequencies, ctx.rest)
         half = frequencies.shape[1]
