@@ -107,7 +107,7 @@ NETWORKS: dict[str, Recipe] = {
         dimensions=3,
         pooled=POOLED,
         watched=1,
-        truth=(0.0, 0.0, 1.0, 1.0),
+        truth=[0.0, 0.0, 1.0, 1.0],
     )
 }
 

@@ -247,6 +247,83 @@ def test_the_stream_goes_on_where_it_was_and_has_every_cell():
     assert set(drawn) == set(networks.CELLS)
 
 
+@pytest.mark.parametrize("others", [False, True])
+def test_who_is_told_the_truth_sees_the_same_images(others):
+    images = ellipses((40, 48))[0][None, None].expand(4, -1, -1, -1)
+    plain, told = (
+        next(iter(networks.DeformedPairs(images, 3, 7, others=others, told=told)))
+        for told in (False, True)
+    )
+    assert len(plain) == 2
+    assert torch.equal(told.moving, plain[0])
+    assert torch.equal(told.fixed, plain[1])
+    assert told.field.shape == (3, 2, 40, 48)
+    assert told.mask.shape == (3, 1, 40, 48)
+    if not others:
+        again = warp(told.moving, told.field, padding="zeros")
+        assert float((told.fixed - again).abs().max()) < 6 * networks.NOISE
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (8, 16, 24)])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_distance_from_the_truth_equals_a_plain_sum_over_points(shape, batch):
+    """Two levels of which the coarser one has two fields; NumPy, block by block.
+
+    The square root is of a square plus 1e-4, so that it is 0.01 at the truth.
+    """
+    d, g = len(shape), generator()
+    field = torch.randn(batch, d, *shape, generator=g)
+    mask = torch.rand(batch, 1, *shape, generator=g) > 0.4
+    half = [n // 2 for n in shape]
+    coarse = [torch.randn(batch, d, *half, generator=g) for _ in range(2)]
+    fine = torch.randn(batch, d, *shape, generator=g)
+    stages = [
+        georeg.Stage(1, 0, coarse[0]),
+        georeg.Stage(1, 1, coarse[1]),
+        georeg.Stage(0, 0, fine),
+    ]
+    output = georeg.Output(fine, tuple(stages))
+    wanted = {}
+    for found, size in ((fine, 1), (coarse[0], 2), (coarse[1], 2)):
+        total = count = 0.0
+        for place in np.ndindex(batch, *found.shape[2:]):
+            block = tuple(slice(size * p, size * p + size) for p in place[1:])
+            truth = field[(place[0], slice(None), *block)].flatten(1).mean(1) / size
+            share = mask[(place[0], 0, *block)].float().mean()
+            apart = found[(place[0], slice(None), *place[1:])] - truth
+            total += share * (apart.square().sum() + 1e-4).sqrt()
+            count += share
+        wanted[size] = wanted.get(size, 0.0) + total / count
+    for weights in ((1.0, 0.0), (0.0, 2.0), (3.0, 0.5)):
+        found = networks.off_truth(output, field, mask, weights)
+        expected = weights[0] * wanted[1] + weights[1] * wanted[2]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    # At the truth a gradient that is 0, not nan.
+    exact = field.clone().requires_grad_()
+    output = georeg.Output(exact, (georeg.Stage(0, 0, exact),))
+    least = networks.off_truth(output, field, mask, (1.0,))
+    assert least.item() == pytest.approx(0.01)
+    least.backward()
+    assert exact.grad.abs().max() == 0
+
+
+def test_a_network_is_told_the_truth_beside_comparing_images():
+    recipe = networks.NETWORKS["GeoReg"]
+    told = recipe._replace(truth=[0.0, 0.0, 0.0, 1.0, 1.0])
+    assert "truth" not in recipe.as_json()
+    assert told.as_json() == recipe.as_json() | {"truth": told.truth}
+    torch.manual_seed(0)
+    network = recipe.network()
+    images = ellipses((32, 48))[0][None, None].expand(2, -1, -1, -1)
+    pairs = networks.deformed(images, [Cell("rotation", 2), Cell("all", 3)], generator())
+    output = network(pairs.moving, pairs.fixed)
+    by_images = recipe.loss()(output, pairs.moving, pairs.fixed)
+    found = told.loss()(output, *pairs)
+    assert {name: found[name] for name in by_images} == by_images
+    assert found["truth"] == networks.off_truth(output, pairs.field, pairs.mask, told.truth)
+    assert found["truth"] > 0.1
+
+
 # --- Images ---------------------------------------------------------------------------------
 
 

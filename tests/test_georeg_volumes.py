@@ -56,6 +56,7 @@ def small(monkeypatch, tmp_path):
     recipe = recipe._replace(
         settings=recipe.settings | settings | {"interpolation": [2]},
         objective={"similarity": networks.lncc_of_five, "regularity_weight": [1.0, 0.5]},
+        truth=[0.0, 1.0],
     )
     monkeypatch.setattr(script, "NETWORKS", {"GeoReg": recipe})
     own = script.Trainings(tmp_path / "new", tmp_path / "steps.json")
@@ -133,7 +134,8 @@ def test_two_people_have_labels_and_no_truth(small):
 
 def test_what_is_trained_on_has_voxels_of_twice_the_size(small):
     recipe = script.NETWORKS["GeoReg"]
-    moving, fixed = next(iter(networks.stream(recipe, 0, "cpu")))
+    moving, fixed, field, _ = next(iter(networks.stream(recipe, 0, "cpu")))
+    assert field.shape == (recipe.batch, 3, *(n // 2 for n in SHAPE))
     assert moving.shape == fixed.shape == (recipe.batch, 1, *(n // 2 for n in SHAPE))
     image = load("tuning", 3).images[:1]
     pair = networks.pair_of("tuning", 0, networks.Cell("all", 3), 3, 2)
@@ -157,7 +159,7 @@ def test_the_network_that_travels_is_the_trained_one_and_brings_volumes_to_4_mm(
     # Steps that can be seen: other ones along each axis.
     path = script.TRAININGS.weights("GeoReg", 0)
     network = georeg.load(path)
-    first, _, last = network.refinements[1].attention.head
+    first, _, last = network.refinements[1].head
     with torch.no_grad():
         first.bias[0] = 1
         last.weight[:, 0] = torch.tensor([0.5, -1.0, 1.5])
@@ -219,4 +221,5 @@ def test_what_travels_was_trained_as_the_script_says():
     recipe = json.loads(json.dumps(script.NETWORKS["GeoReg"].as_json()))
     assert recipe.items() <= found["training"].items()
     assert found["input"]["spacing"] == [script.POOLED * script.VOXEL] * 3
+    assert found["provenance"]["threads"] == script.TRAININGS.threads
     assert not found["provenance"]["uncommitted_changes"]
