@@ -26,7 +26,7 @@ from trainings import Stream, Trainings
 
 from reglib.geometry.affine import affine_field, affine_matrix, grid_centre
 from reglib.geometry.sampling import transform_grid, warp, warp_labels
-from reglib.geometry.smoothing import gaussian_smooth, pyramid
+from reglib.geometry.smoothing import gaussian_smooth, pool, pyramid
 from reglib.methods import fcn, georeg
 from reglib.objectives.metrics import folding
 from reglib.objectives.regularity import diffusion, total_variation
@@ -137,7 +137,8 @@ def deformation(shape: Sequence[int], cells: Sequence[Cell], generator: torch.Ge
 class Pairs(NamedTuple):
     """Images and the truth between them, ``(B, 1, *S)`` but for ``field``, ``(B, D, *S)``.
 
-    ``fixed = moving(x + u(x))`` and noise, where beyond the image is 0. ``mask`` is where the fixed
+    ``fixed = moving(x + u(x))`` and noise, where beyond the image is 0 (of two subjects: the other
+    one's image, deformed). ``mask`` is where the fixed
     grid shows the brain, which implies that x + u(x) is in the image.
     """
 
@@ -279,18 +280,13 @@ def load(part: str, dimensions: int = 2) -> Brains:
     return Brains(names, images.float() / 255, labels)
 
 
-def larger(images: Tensor, pooled: int) -> Tensor:
-    """Volumes ``(B, 1, *S)`` of which so many voxels along each axis are averaged; 1 for slices."""
-    return images if pooled == 1 else functional.avg_pool3d(images, pooled)
-
-
 def pair_of(part: str, place: int, cell: Cell, dimensions: int = 2, pooled: int = 1) -> Pairs:
     """The one pair that tuning or test has of a subject and a cell, ``(1, 1, *S)``.
 
     The field is in voxels of the images, of 2 mm or of ``pooled`` times as much.
     """
     seed = 1000 * (1 + list(PARTS).index(part)) + len(CELLS) * place + CELLS.index(cell)
-    image = larger(load(part, dimensions).images[place : place + 1], pooled)
+    image = pool(load(part, dimensions).images[place : place + 1], pooled)
     return deformed(image, [cell], torch.Generator().manual_seed(seed))
 
 
@@ -470,7 +466,7 @@ DIFFEOMORPHIC = ("VoxelMorph", "FCN, composed")
 
 def stream(recipe: Recipe, seed: int, device: str) -> DeformedPairs:
     """What a network is trained on."""
-    images = larger(load("training", recipe.dimensions).images, recipe.pooled).to(device)
+    images = pool(load("training", recipe.dimensions).images, recipe.pooled).to(device)
     planes = len(TRAINING_PLANES) if recipe.dimensions == 2 else 1
     told = recipe.truth is not None
     return DeformedPairs(images, recipe.batch, seed, planes=planes, others=recipe.others, told=told)
@@ -535,7 +531,19 @@ def train(
 def train_recipe(
     name: str, recipe: Recipe, seed: int, steps: int, path: Path, threads: int = 1
 ) -> dict[str, Any]:
-    """:func:`train`, whatever the recipe is; errors are in voxels of its images."""
+    """Train a network of a recipe and write its weights; goes on from its checkpoint.
+
+    Args:
+        name: of the network, for the record.
+        recipe: how it is made and trained.
+        seed: of its first weights and of the pairs.
+        steps: of the optimiser.
+        path: of the weights.
+        threads: to train on, where there is no GPU.
+
+    Returns:
+        What is known about the training, JSON; errors are in voxels of the recipe's images.
+    """
     device = trainings.begin(seed, threads)
     network = recipe.network().to(device)
     pairs = tuning_pairs(recipe.watched or VALIDATED, recipe.dimensions, recipe.pooled)
@@ -573,11 +581,11 @@ def embed() -> None:
 
 
 def embed_as(target: Path, path: Path, orientation: str, spacing: float, script: str) -> None:
-    """Write a trained GeoReg in half precision, for all who have images.
+    """Write a trained GeoReg in half precision, with the form that its images must have.
 
     Args:
-        target: of the file.
-        path: of the weights; those of a table do not say what their images were.
+        target: the file to write.
+        path: of the weights, which say of their images only what a table needs.
         orientation: of their axes.
         spacing: of these, mm.
         script: the command that does it.

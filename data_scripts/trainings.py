@@ -92,7 +92,7 @@ def learn(
     Args:
         network: where it is to be trained.
         pairs: what it is trained on, without end.
-        loss: of its output, the moving and the fixed image.
+        loss: of its output, the moving and the fixed image, and what else ``pairs`` give.
         path: of its weights; they are not written. Its folder is made.
         steps: of the optimiser.
         lr: learning rate.
@@ -103,6 +103,7 @@ def learn(
         What every record of a training holds, and what ``validate`` said.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    begun = provenance()  # of the code that trains, not of what the files have become by the end
     history = fit(
         network,
         pairs,
@@ -119,7 +120,7 @@ def learn(
         "seconds": round(history["seconds"][-1], 1),
         "parameters": sum(p.numel() for p in network.parameters()),
         "loss": curve(history["loss"]),
-        "provenance": provenance(),
+        "provenance": begun,
     }
     return found, [round(x, 4) for x in history["validation"] if not math.isnan(x)]
 

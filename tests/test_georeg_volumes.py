@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reglib.data.nifti import read_field, write_image
+from reglib.data.nifti import read_field, write_field, write_image
 from reglib.geometry.fields import upsample_field
 from reglib.geometry.sampling import warp
 from reglib.methods import georeg
@@ -26,7 +26,7 @@ sys.path.insert(0, str(SCRIPTS))
 try:
     script = importlib.import_module("georeg_volumes")
     networks = importlib.import_module("georeg_synthetic_networks")
-    records = importlib.import_module("benchmark_record")
+    benchmark = importlib.import_module("benchmark_classical")
 finally:
     sys.path.remove(str(SCRIPTS))
 
@@ -93,6 +93,8 @@ def test_few_subjects_meet_every_family_they_can(count):
     families = Counter(script.cell_of(n, count).family for n in range(count))
     assert max(families.values()) - min(families.values()) <= 1
     assert len(families) == min(count, len(networks.FAMILIES))
+    strengths = {script.cell_of(n, count).strength for n in range(count)}
+    assert {min(networks.STRENGTHS), max(networks.STRENGTHS)} <= strengths
 
 
 def test_the_truth_carries_image_and_labels(small):
@@ -206,6 +208,70 @@ def test_the_network_that_travels_is_the_trained_one_and_brings_volumes_to_4_mm(
     assert apart < length / 10
 
 
+def test_the_table_holds_every_set_and_who_is_better_by_how_much(small, monkeypatch):
+    """Workers that find nothing, and one that finds half a voxel; a few pairs of each set."""
+    script.train("GeoReg", 0, 2)
+    script.embed()
+    ants = "ANTsPy SyN MI, default"
+    every = script.configurations()
+    few = script.cases("test")[::5]
+
+    class Workers:
+        def __init__(self, python, folder, file, logs, *, warm):
+            self.files = {part: folder / f"{part}.nii" for part in ("moving", "fixed", "field")}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def register(self, name, settings):
+            field = torch.full((1, 3, *SHAPE), 0.5 if "weights" in settings else 0.0)
+            write_field(self.files["field"], field, script.AFFINE)
+            return {"seconds": 0.5, "cpu_seconds": 0.5}
+
+    for name, value in {
+        "Workers": Workers,
+        "make_environment": lambda: Path(sys.executable),
+        "versions": lambda python: {},
+    }.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(script, "configurations", lambda: {n: every[n] for n in (ants, "GeoReg")})
+    monkeypatch.setattr(script, "cases", lambda part: few)
+    monkeypatch.setattr(script, "committed_or_stop", lambda: None)
+    script.test("test", None, [])
+    found = json.loads(script.RESULTS.read_text())
+    assert set(found["summary"]) == {*networks.FAMILIES, script.T1}
+    assert len(found["rows"]) == len(few) * 3
+    [training] = found["training"]
+    assert training["training"]["steps"] == 2
+    rows = {(row["set"], row["moving"], row["configuration"]): row for row in found["rows"]}
+    for case in few:
+        one, other, own = (
+            rows[case.set, case.moving, name] for name in ("unregistered", ants, "GeoReg")
+        )
+        truth = script.load_pair(case, "test").truth
+        assert ("error" in own) == (truth is not None) == (case.set != script.T1)
+        if truth is not None:
+            assert (
+                one["error"]
+                == other["error"]
+                == pytest.approx(float(networks.endpoint_error(0 * truth.field, truth)), rel=1e-4)
+            )
+            assert own["error"] == pytest.approx(
+                float(networks.endpoint_error(0 * truth.field + 0.5, truth)), rel=1e-4
+            )
+    mean = {
+        name: sum(r["error"] for k, r in rows.items() if k[0] == "rotation" and k[2] == name)
+        / sum(case.set == "rotation" for case in few)
+        for name in (ants, "GeoReg")
+    }
+    gain = found["above"]["rotation"]["GeoReg"][ants]
+    assert gain["error"] == pytest.approx(mean[ants] - mean["GeoReg"], abs=1e-3)
+    assert len(gain["interval"]) == 2
+
+
 def test_no_table_of_unknown_names(small):
     with pytest.raises(SystemExit, match="no such configuration"):
         script.test("tuning", ["nobody"], [])
@@ -220,6 +286,8 @@ def test_what_travels_was_trained_as_the_script_says():
     assert found["training"]["steps"] == calibration["steps"]["GeoReg"]
     recipe = json.loads(json.dumps(script.NETWORKS["GeoReg"].as_json()))
     assert recipe.items() <= found["training"].items()
+    assert found["training"]["dimensions"] == 3
+    assert script.WEIGHTS.stat().st_size < 2**20
     assert found["input"]["spacing"] == [script.POOLED * script.VOXEL] * 3
     assert found["provenance"]["threads"] == script.TRAININGS.threads
     assert not found["provenance"]["uncommitted_changes"]
