@@ -263,11 +263,11 @@ def test_the_table_holds_every_set_and_who_is_better_by_how_much(small, monkeypa
                 float(networks.endpoint_error(0 * truth.field + 0.5, truth)), rel=1e-4
             )
     mean = {
-        name: sum(r["error"] for k, r in rows.items() if k[0] == "rotation" and k[2] == name)
-        / sum(case.set == "rotation" for case in few)
+        name: sum(r["error"] for k, r in rows.items() if k[0] == "Brownian" and k[2] == name)
+        / sum(case.set == "Brownian" for case in few)
         for name in (ants, "GeoReg")
     }
-    gain = found["above"]["rotation"]["GeoReg"][ants]
+    gain = found["above"]["Brownian"]["GeoReg"][ants]
     assert gain["error"] == pytest.approx(mean[ants] - mean["GeoReg"], abs=1e-3)
     assert len(gain["interval"]) == 2
 
