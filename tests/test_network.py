@@ -409,6 +409,111 @@ def test_a_linear_field_comes_back_linear_to_the_border():
     torch.testing.assert_close(found.field, expected, rtol=0, atol=1e-4)
 
 
+# --- One field of view ----------------------------------------------------------------------
+
+
+def things(shape, places, width=7):
+    """On black, one bright block of odd width in each image, around a place of its own."""
+    images = torch.zeros(len(places), 1, *shape)
+    for n, place in enumerate(places):
+        half = width // 2
+        block = tuple(slice(p - half, p + half + 1) for p in place)
+        images[(n, 0, *block)] = torch.rand((width,) * len(shape)) + 0.5
+    return images
+
+
+def by_place(moving, fixed):
+    """A network that goes by where in its image things are."""
+    shape = moving.shape[2:]
+    middle = torch.tensor([(n - 1) / 2 for n in shape]).view(1, -1, *(1,) * len(shape))
+    return 0.05 * (identity_grid(shape) - middle) + (moving - fixed)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("d", [2, 3])
+def test_the_field_of_view_lies_around_what_is_bright_in_each_moving_image(d, batch):
+    """Cut out by hand; where it leaves the image, there is background."""
+    torch.manual_seed(0)
+    shape, size = (24, 30, 22)[:d], [12, 16, 8][:d]
+    places = [[10, 12, 9][:d], [4, 20, 17][:d], [19, 7, 11][:d]][:batch]
+    moving, fixed = things(shape, places), torch.rand(batch, 1, *shape)
+    seen = []
+
+    def network(*images):
+        seen.append(images)
+        return by_place(*images)
+
+    contract = {"size": size, "size_multiple": 2}
+    found = register(moving, fixed, Network(network, contract))
+    assert len(seen) == batch
+    for n, place in enumerate(places):
+        # Even sizes have no middle voxel: half a voxel up.
+        first = [p - k // 2 + 1 for p, k in zip(place, size, strict=True)]
+        box = tuple(slice(20 + f, 20 + f + k) for f, k in zip(first, size, strict=True))
+        for image, own in ((moving, seen[n][0]), (fixed, seen[n][1])):
+            wanted = F.pad(image[n : n + 1], (20,) * 2 * d)[(..., *box)]
+            torch.testing.assert_close(own, wanted, rtol=0, atol=1e-5)
+        # Around it the field goes on as it is at its edge.
+        field = F.pad(by_place(*seen[n]), (30,) * 2 * d, mode="replicate")
+        corner = [30 - f for f in first]
+        back = tuple(slice(c, c + k) for c, k in zip(corner, shape, strict=True))
+        torch.testing.assert_close(found.field[n : n + 1], field[(..., *back)], rtol=0, atol=1e-4)
+        one = slice(n, n + 1)
+        alone = register(moving[one], fixed[one], Network(network, contract))
+        torch.testing.assert_close(alone.field, found.field[one], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("d", [2, 3])
+def test_a_wide_margin_changes_nothing(d):
+    """Nor does another order of axes, which the contract undoes."""
+    torch.manual_seed(0)
+    shape, margin = (24, 30, 22)[:d], [3, 9, 0, 14, 7, 2][: 2 * d]
+    moving, fixed = things(shape, [[10, 14, 11][:d]]), things(shape, [[12, 13, 11][:d]])
+    contract = {"size": [16, 24, 16][:d], "orientation": "RAS"[:d], "spacing": [1.0] * d}
+    method = Network(by_place, contract)
+    affine = torch.eye(d + 1, dtype=torch.float64)
+    wanted = register(Image(moving, affine), Image(fixed, affine), method).field
+    wide = [F.pad(x, margin) for x in (moving, fixed)]
+    before = margin[::2][::-1]
+    corner = affine.clone()
+    corner[:d, d] = -torch.tensor(before)
+    found = register(*(Image(x, corner) for x in wide), method).field
+    inner = (..., *(slice(b, b + n) for b, n in zip(before, shape, strict=True)))
+    torch.testing.assert_close(found[inner], wanted, rtol=0, atol=1e-4)
+    turned, swapped = [x.transpose(2, 3).flip(2) for x in wide], corner.clone()
+    swapped[:d, :2] = corner[:d, [1, 0]]
+    swapped[:d, 0] *= -1
+    swapped[:d, d] += (wide[0].shape[3] - 1) * corner[:d, 1]
+    found = register(*(Image(x, swapped) for x in turned), method).field
+    back = found.flip(2).transpose(2, 3)
+    back = torch.cat([back[:, 1:2], -back[:, :1], back[:, 2:]], 1)
+    torch.testing.assert_close(back[inner], wanted, rtol=0, atol=1e-4)
+
+
+def test_the_field_of_view_follows_the_start():
+    """The moving image was taken 100 mm away: a start by so much brings both into view."""
+    torch.manual_seed(0)
+    moving, fixed = things((24, 30), [[10, 14]]), things((24, 30), [[12, 13]])
+    method = Network(by_place, {"size": [16, 24]})
+    wanted = register(moving, fixed, method).field
+    away = torch.eye(3, dtype=torch.float64)
+    away[:2, 2] = torch.tensor([100.0, -40.0])
+    found = register(
+        Image(moving, away),
+        Image(fixed, torch.eye(3, dtype=torch.float64)),
+        method,
+        start=away[None],
+    ).field
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+def test_of_an_image_without_anything_bright_the_middle_is_seen():
+    seen = Recorder()
+    fixed = torch.arange(20.0).view(1, 1, 20, 1).expand(1, 1, 20, 10)
+    register(torch.ones(1, 1, 20, 10), fixed, Network(seen, {"size": [4, 4]}))
+    torch.testing.assert_close(seen.fixed[0, 0, :, 0], torch.arange(8.0, 12.0), rtol=0, atol=1e-5)
+
+
 # --- The network itself ---------------------------------------------------------------------
 
 
@@ -525,6 +630,15 @@ def test_masks_that_a_network_does_not_use_are_mentioned():
         ([1], TypeError, "contract: wanted a mapping"),
         ({"size_multiple": 0}, ValueError, "size_multiple: wanted at least 1"),
         ({"size_multiple": 2.5}, TypeError, "size_multiple"),
+        ({"size": 40}, TypeError, "size: wanted 2 or 3 positive integers, got int"),
+        ({"size": [40]}, ValueError, r"size: wanted 2 or 3 positive integers, got \(40,\)"),
+        ({"size": [40, 0]}, ValueError, "size: wanted 2 or 3 positive integers"),
+        ({"size": [40, 4.5]}, TypeError, "size: wanted 2 or 3 positive integers"),
+        (
+            {"size": [40, 44], "size_multiple": 8},
+            ValueError,
+            r"size: wanted multiples of size_multiple, 8, got \[40, 44\]",
+        ),
         ({"range": [1, 0]}, ValueError, "range: wanted two ascending numbers"),
         ({"range": [0, 1, 2]}, ValueError, "range"),
         ({"range": "01"}, TypeError, "range"),
@@ -556,6 +670,7 @@ def test_what_is_no_network_is_named():
         ({"channels": 2}, r"wanted images of 2 channel\(s\) for this network, got 1"),
         ({"orientation": "RAS"}, "orientation: wanted one letter of each of LR, PA"),
         ({"spacing": [1, 1, 1]}, "spacing: wanted 2 positive numbers"),
+        ({"size": [8, 8, 8]}, "size: wanted 2 positive integers"),
     ],
     ids=str,
 )

@@ -5,8 +5,9 @@ the least and the largest intensity; ``quantile``, the share of an image's voxel
 it, while the brightest ones are clipped to its end (1 where it is missing); ``size_multiple``; and,
 where they matter, ``orientation`` (such as ``"RAS"``) and ``spacing`` (mm per voxel along those
 axes); ``tells_spacing``, true for a network that works with any spacing and wants to know it, as
-its keyword ``spacing``. Whatever a pair is, it is resampled to that, run through the network, and
-the field is carried back to the fixed grid.
+its keyword ``spacing``; ``size``, for a network that knows one field of view only: its voxels along
+each axis, laid around the middle of what is bright in the moving image. Whatever a pair is, it is
+resampled to that, run through the network, and the field is carried back to the fixed grid.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reglib.checks import check_field, check_finite, check_numbers, check_positive_int
+from reglib.checks import check_field, check_finite, check_numbers, check_positive_int, check_shape
 from reglib.data.conform import conform_grid, resample
 from reglib.geometry.affine import affine_field
 from reglib.geometry.fields import carry_field, compose
@@ -27,8 +28,10 @@ from reglib.geometry.grid import no_autocast, sample
 from reglib.geometry.sampling import transform_grid
 from reglib.methods.pair import Iterate, Pair
 
-_PLACING = ("orientation", "spacing", "size_multiple")
+_PLACING = ("orientation", "spacing", "size_multiple", "size")
 _KNOWN = ("channels", "range", "quantile", "tells_spacing", *_PLACING)
+#: What is brighter than this share of an image's range is bright.
+BRIGHT = 0.1
 
 
 class Network:
@@ -62,7 +65,15 @@ class Network:
             raise ValueError(f"contract: wanted keys out of {', '.join(_KNOWN)}, got {unknown}")
         self.network = network
         self.contract = dict(contract)
-        check_positive_int(self.contract.get("size_multiple", 1), "size_multiple")
+        multiple = self.contract.get("size_multiple", 1)
+        check_positive_int(multiple, "size_multiple")
+        if "size" in self.contract:
+            check_shape(self.contract["size"], (2, 3), "size")
+            if any(n % multiple for n in self.contract["size"]):
+                raise ValueError(
+                    f"size: wanted multiples of size_multiple, {multiple}, "
+                    f"got {self.contract['size']}"
+                )
         limits = check_numbers(self.contract.get("range", (0.0, 1.0)), "range")
         if len(limits) != 2 or not limits[0] < limits[1]:
             raise ValueError(f"range: wanted two ascending numbers, got {limits}")
@@ -91,12 +102,61 @@ class Network:
             spacing=self.contract.get("spacing"),
             multiple=self.contract.get("size_multiple", 1),
         )
+        places: list[tuple[slice, Tensor, tuple[int, ...]]] = [(slice(None), affine, new_shape)]
+        if "size" in self.contract:
+            # Each pair by itself: heads lie at different places.
+            places = [
+                (slice(n, n + 1), *self._window(pair, n, affine)) for n in range(len(pair.fixed))
+            ]
+        found = torch.cat([self._found(pair, *place, weight) for place in places])
+        total = compose(pair.field, found)
+        return Iterate(
+            stage="network",
+            terms={},
+            active=torch.zeros(len(found), dtype=torch.bool),
+            transform=lambda: (pair.affine, total),
+            notes=self._notes(pair, *places[0][1:]),
+        )
+
+    def _window(self, pair: Pair, item: int, affine: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The field of view that the network knows, around a moving image, by voxels of a grid."""
+        d = len(affine) - 1
+        size = tuple(self.contract["size"])
+        check_shape(size, (d,), "size")
+        image = pair.moving[item : item + 1]
+        least, largest = self._ends(image.flatten(1))
+        # All of an image that is alike everywhere.
+        bright = (image[0].amax(0) >= least + BRIGHT * (largest - least)).nonzero().cpu().double()
+        middle = torch.cat([(bright.amin(0) + bright.amax(0)) / 2, bright.new_ones(1)])
+        there = torch.linalg.solve(pair.affine[item], pair.moving_affine @ middle)
+        voxel = torch.linalg.solve(affine, there)[:d]
+        # By whole voxels, so that nothing is interpolated that need not be; halves go up, wherever
+        # the grid begins.
+        first = (voxel - (voxel.new_tensor(size) - 1) / 2 + 0.5 + 1e-6).floor()
+        new = affine.clone()
+        new[:d, d] += affine[:d, :d] @ first
+        return new, size
+
+    def _found(
+        self,
+        pair: Pair,
+        items: slice,
+        affine: Tensor,
+        new_shape: tuple[int, ...],
+        weight: Tensor | None,
+    ) -> Tensor:
+        """What the network finds of some pairs on its grid, on the fixed grid."""
         start = None
-        if bool(pair.field.any()):
-            start = _read_on(pair.field, pair.fixed_affine, affine, new_shape)
-        fixed = self._brought(pair.fixed, pair.fixed_affine, affine, new_shape)
+        if bool(pair.field[items].any()):
+            start = _read_on(pair.field[items], pair.fixed_affine, affine, new_shape)
+        fixed = self._brought(pair.fixed[items], pair.fixed_affine, affine, new_shape)
         moving = self._brought(
-            pair.moving, pair.moving_affine, affine, new_shape, matrix=pair.affine, field=start
+            pair.moving[items],
+            pair.moving_affine,
+            affine,
+            new_shape,
+            matrix=pair.affine[items],
+            field=start,
         )
         if weight is not None:
             moving, fixed = moving.to(weight.dtype), fixed.to(weight.dtype)
@@ -113,15 +173,10 @@ class Network:
                 f"got shape {tuple(field.shape)}"
             )
         check_finite(field, "network's field")
-        found = carry_field(field.to(pair.field), affine, pair.fixed_affine, shape)
-        total = compose(pair.field, found)
-        return Iterate(
-            stage="network",
-            terms={},
-            active=torch.zeros(len(fixed), dtype=torch.bool),
-            transform=lambda: (pair.affine, total),
-            notes=self._notes(pair, affine, new_shape),
-        )
+        shape = tuple(pair.fixed.shape[2:])
+        if "size" in self.contract:
+            return _read_on(field.to(pair.field), affine, pair.fixed_affine, shape)
+        return carry_field(field.to(pair.field), affine, pair.fixed_affine, shape)
 
     def _check(self, pair: Pair) -> Tensor | None:
         """Raise unless the network can take the images; one of its weights, if it has any."""
