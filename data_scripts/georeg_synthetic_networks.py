@@ -580,7 +580,15 @@ def embed() -> None:
     embed_as(WEIGHTS, path, "RA", 2.0, "data_scripts/georeg_synthetic.py embed")
 
 
-def embed_as(target: Path, path: Path, orientation: str, spacing: float, script: str) -> None:
+def embed_as(
+    target: Path,
+    path: Path,
+    orientation: str,
+    spacing: float,
+    script: str,
+    *,
+    size: Sequence[int] | None = None,
+) -> None:
     """Write a trained GeoReg in half precision, with the form that its images must have.
 
     Args:
@@ -589,10 +597,13 @@ def embed_as(target: Path, path: Path, orientation: str, spacing: float, script:
         orientation: of their axes.
         spacing: of these, mm.
         script: the command that does it.
+        size: of the one field of view that it knows; ``None`` for any.
     """
     network = georeg.load(path)
-    taken = {"range": [0.0, 1.0], "orientation": orientation}
-    taken |= {"spacing": [spacing] * len(orientation)}
+    taken: dict[str, Any] = {"range": [0.0, 1.0], "orientation": orientation}
+    taken["spacing"] = [spacing] * len(orientation)
+    if size is not None:
+        taken["size"] = list(size)
     card = network.card | {"input": network.card["input"] | taken, "script": script}
     georeg.save(network.half(), target, card=card)
     print(f"{target}: {target.stat().st_size / 2**20:.2f} MiB")

@@ -154,7 +154,10 @@ def train_all(names: Sequence[str]) -> None:
 def embed() -> None:
     """Put the network where it travels with the package."""
     script = "data_scripts/georeg_volumes.py embed"
-    networks.embed_as(WEIGHTS, TRAININGS.weights("GeoReg", 0), "RAS", POOLED * VOXEL, script)
+    # Its bottleneck goes by where in the image things are.
+    size = [n // POOLED for n in load("training", 3).images.shape[2:]]
+    path = TRAININGS.weights("GeoReg", 0)
+    networks.embed_as(WEIGHTS, path, "RAS", POOLED * VOXEL, script, size=size)
 
 
 # --- Configurations ---------------------------------------------------------------------------

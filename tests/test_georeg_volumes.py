@@ -174,6 +174,7 @@ def test_the_network_that_travels_is_the_trained_one_and_brings_volumes_to_4_mm(
     for name, value in trained.state_dict().items():
         assert torch.equal(embedded.state_dict()[name], value.half().float())
     said = {"range": [0.0, 1.0], "orientation": "RAS", "spacing": [4.0] * 3}
+    said["size"] = [n // 2 for n in SHAPE]
     assert embedded.card["input"] == trained.card["input"] | said
 
     configurations = json.loads(json.dumps(script.configurations()))
@@ -288,6 +289,7 @@ def test_what_travels_was_trained_as_the_script_says():
     assert recipe.items() <= found["training"].items()
     assert found["training"]["dimensions"] == 3
     assert script.WEIGHTS.stat().st_size < 2**20
+    assert found["input"]["size"] == [40, 48, 40]
     assert found["input"]["spacing"] == [script.POOLED * script.VOXEL] * 3
     assert found["provenance"]["threads"] == script.TRAININGS.threads
     assert not found["provenance"]["uncommitted_changes"]
