@@ -30,7 +30,7 @@ It has as many steps as fit into 75 minutes of two threads on the machine that
 georeg_volumes_steps.json names; looking at tuning pairs comes on top.
 
 ``test`` registers volumes of 2 mm, as their owner would, through reglib.registration.register,
-which brings them to 4 mm and the field back:
+which brings them to 4 mm, in the field of view that the network knows, and the field back:
 
 - every test subject, deformed by a known field, with noise: six of each family of the synthetic
   table (georeg_synthetic.py), in space, two at each strength;
@@ -155,7 +155,7 @@ def embed() -> None:
     """Put the network where it travels with the package."""
     script = "data_scripts/georeg_volumes.py embed"
     # Its bottleneck goes by where in the image things are.
-    size = [n // POOLED for n in load("training", 3).images.shape[2:]]
+    size = [n // POOLED for n in load("tuning", 3).images.shape[2:]]
     path = TRAININGS.weights("GeoReg", 0)
     networks.embed_as(WEIGHTS, path, "RAS", POOLED * VOXEL, script, size=size)
 

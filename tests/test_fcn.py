@@ -599,6 +599,15 @@ def test_bad_settings_of_an_instance_are_refused(changes, error, word) -> None:
         fcn.Instance(**{"network": small(), **changes})
 
 
+def test_an_instance_refuses_a_network_with_one_field_of_view() -> None:
+    network = small()
+    network.card = {"input": {"size": [16, 16]}}
+    with pytest.raises(
+        ValueError, match=r"network: wanted one .* any size, got one for \[16, 16\]"
+    ):
+        register(*images(2, 1), fcn.Instance(network, steps=1), progress=False)
+
+
 def test_an_instance_refuses_images_of_other_channels() -> None:
     method = fcn.Instance(small(), steps=1)
     with pytest.raises(ValueError, match="1 channel"):

@@ -490,6 +490,75 @@ def test_a_wide_margin_changes_nothing(d):
     torch.testing.assert_close(back[inner], wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("d", [2, 3])
+def test_the_field_of_view_is_found_in_the_world(d):
+    """Grids of other orientation, spacing and origin; a start and a start field of each pair.
+
+    The fixed image's channels are its world coordinates, so the mean of what is seen is the middle
+    of the view: within half a voxel of 1 mm of where A and u bring the moving thing. At its corner
+    is a spike, around it a dim halo, and elsewhere a background of -3.
+    """
+    torch.manual_seed(0)
+    shape, other, batch = (50, 60, 54)[:d], (30, 26, 34)[:d], 2
+    fixed_affine = placed(d, "LPS"[:d], (1.0,) * d, shape)
+    moving_affine = placed(d, "AIR" if d == 3 else "AR", (1.5, 0.8, 1.2)[:d], other)
+    moving_affine[:d, d] += torch.tensor([300.0, -200.0, 90.0])[:d].double()
+    places = [[12, 11, 15][:d], [16, 14, 20][:d]]
+    width = 11 if d == 2 else 5  # one in a hundred voxels may be a spike
+    moving = things(other, places, width)
+    halo = F.max_pool2d(moving, 5, 1, 2) if d == 2 else F.max_pool3d(moving, 5, 1, 2)
+    moving = torch.where(moving > 0, moving, 0.05 * halo.roll(2, -1)) * 100 - 3
+    for image, place in zip(moving, places, strict=True):
+        image[(0, *(p + width // 2 for p in place))] = 5000.0
+    grid = identity_grid(shape, dtype=torch.float64)
+    world = voxel_to_world(grid.flatten(2).mT, fixed_affine).mT.reshape(1, d, *shape).float()
+    starts = torch.eye(d + 1, dtype=torch.float64).repeat(batch, 1, 1)
+    starts[:, :d, :d] *= 1.1
+    there = [voxel_to_world(torch.tensor([[p]]).double(), moving_affine)[0, 0] for p in places]
+    goals = torch.tensor([[10.0, -6.0, 5.0], [14.0, -10.0, 1.0]]).double()[:, :d]
+    for start, place, goal in zip(starts, there, goals, strict=True):
+        start[:d, d] = place - start[:d, :d] @ goal
+    shift = torch.tensor([1.5, -2.0, 0.5][:d]).view(1, d, *(1,) * d).expand(batch, d, *shape)
+    contract = {"size": [8, 12, 6][:d], "spacing": [2.0] * d}
+    contract["orientation"] = "PIR" if d == 3 else "PR"
+    for before, moved in (([], 0 * shift), ([start_with(shift)], shift)):
+        seen = []
+
+        def network(moving, fixed, seen=seen):
+            seen.append(fixed)
+            return fixed.new_zeros(len(fixed), d, *fixed.shape[2:])
+
+        found = register(
+            moving.expand(-1, d, *(-1,) * d),
+            world.expand(batch, *(-1,) * (d + 1)),
+            [*before, Network(network, contract)],
+            fixed_affine=fixed_affine,
+            moving_affine=moving_affine,
+            start=starts,
+        )
+        for view, goal, u in zip(seen, goals, moved, strict=True):
+            assert view.shape[2:] == tuple(contract["size"])
+            mm = fixed_affine[:d, :d] @ u.flatten(1)[:, 0].double()
+            middle = view[0].flatten(1).mean(1).double()
+            assert float((middle - (goal - mm)).abs().max()) < 0.51
+            world_axes, steps = ((1, 2, 0), [-2, -2, 2]) if d == 3 else ((1, 0), [-2, 2])
+            along = [float(view[0, k].diff(dim=a).mean()) for a, k in enumerate(world_axes)]
+            assert along == pytest.approx(steps, abs=1e-3)
+        assert "around what is bright in each moving image" in str(found.settings["notes"])
+
+
+def test_specks_in_a_volume_do_not_move_the_field_of_view():
+    torch.manual_seed(0)
+    moving = things((40, 60, 32), [[18, 40, 16]], 25)
+    fixed = torch.rand(moving.shape)
+    dirty = moving.clone()
+    dirty[0, 0, 35, 3, 1:3] = 40.0
+    seen = [Recorder(), Recorder()]
+    for image, network in zip((moving, dirty), seen, strict=True):
+        register(image, fixed, Network(network, {"size": [32, 32, 32]}))
+    assert torch.equal(seen[0].fixed, seen[1].fixed)
+
+
 def test_the_field_of_view_follows_the_start():
     """The moving image was taken 100 mm away: a start by so much brings both into view."""
     torch.manual_seed(0)

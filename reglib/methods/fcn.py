@@ -530,6 +530,10 @@ def _seen(
     contract: Mapping[str, Any], pair: Pair, weight: Tensor
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """The images as a network is given them, in the dtype of its weights, and the notes on that."""
+    if "size" in contract:
+        raise ValueError(
+            f"network: wanted one that takes images of any size, got one for {contract['size']}"
+        )
     images: list[Tensor] = []
 
     def look(moving: Tensor, fixed: Tensor) -> Tensor:

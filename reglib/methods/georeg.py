@@ -830,7 +830,8 @@ def load_pretrained(name: str = "mnist") -> GeoReg:
     Args:
         name: ``"mnist"``, trained on handwritten digits of 28 x 28 pixels; ``"brain_slices"``,
             trained on axial T1 slices of 2 mm without skull and large deformations of them; or
-            ``"brain_volumes"``, the same in 3-D, on whole brains of 4 mm.
+            ``"brain_volumes"``, likewise on whole brains, 40 x 48 x 40 voxels of 4 mm around the
+            middle of the moving one.
 
     Returns:
         The network in evaluation mode, on the CPU; its ``card`` is everything that is known of it.

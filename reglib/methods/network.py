@@ -5,9 +5,11 @@ the least and the largest intensity; ``quantile``, the share of an image's voxel
 it, while the brightest ones are clipped to its end (1 where it is missing); ``size_multiple``; and,
 where they matter, ``orientation`` (such as ``"RAS"``) and ``spacing`` (mm per voxel along those
 axes); ``tells_spacing``, true for a network that works with any spacing and wants to know it, as
-its keyword ``spacing``; ``size``, for a network that knows one field of view only: its voxels along
-each axis, laid around the middle of what is bright in the moving image. Whatever a pair is, it is
-resampled to that, run through the network, and the field is carried back to the fixed grid.
+its keyword ``spacing``; ``size``, for a network that knows one field of view only (beside
+``spacing``): its voxels along those axes, laid around the middle of what is bright in the moving
+image, seen through the pair's own transform. Whatever a pair is, it is resampled to that, run
+through the network, and the field is carried back to the fixed grid; beyond a field of view of one
+``size`` it stays as it is at the edge.
 """
 
 from __future__ import annotations
@@ -23,23 +25,25 @@ from torch import Tensor, nn
 from reglib.checks import check_field, check_finite, check_numbers, check_positive_int, check_shape
 from reglib.data.conform import conform_grid, resample
 from reglib.geometry.affine import affine_field
-from reglib.geometry.fields import carry_field, compose
+from reglib.geometry.fields import carry_field, compose, invert_points
 from reglib.geometry.grid import no_autocast, sample
 from reglib.geometry.sampling import transform_grid
 from reglib.methods.pair import Iterate, Pair
 
 _PLACING = ("orientation", "spacing", "size_multiple", "size")
 _KNOWN = ("channels", "range", "quantile", "tells_spacing", *_PLACING)
-#: What is brighter than this share of an image's range is bright.
-BRIGHT = 0.1
+#: Bright is what exceeds the least intensity by this share of how far the quantile after it, of all
+#: voxels that exceed it, does. It begins and ends with planes that have this share of the fullest
+#: one's bright voxels. So specks in a volume do not count, however bright.
+BRIGHT, BRIGHTEST, FULL = 0.1, 0.99, 0.01
 
 
 class Network:
     """The method that calls ``network(moving, fixed)`` once.
 
     It starts from the pair's own transform: the network sees the moving image through it, and
-    finds what remains. A module is evaluated in its own precision and without dropout, whatever
-    mode it was left in.
+    finds what remains. (With ``size`` in the contract there is a call for each pair of a batch.) A
+    module is evaluated in its own precision and without dropout, whatever mode it was left in.
 
     Args:
         network: takes ``moving`` and ``fixed``, both ``(B, C, *S)`` on one grid, and returns a
@@ -106,7 +110,8 @@ class Network:
         if "size" in self.contract:
             # Each pair by itself: heads lie at different places.
             places = [
-                (slice(n, n + 1), *self._window(pair, n, affine)) for n in range(len(pair.fixed))
+                (slice(n, n + 1), *self._field_of_view(pair, n, affine))
+                for n in range(len(pair.fixed))
             ]
         found = torch.cat([self._found(pair, *place, weight) for place in places])
         total = compose(pair.field, found)
@@ -118,23 +123,31 @@ class Network:
             notes=self._notes(pair, *places[0][1:]),
         )
 
-    def _window(self, pair: Pair, item: int, affine: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The field of view that the network knows, around a moving image, by voxels of a grid."""
+    def _field_of_view(
+        self, pair: Pair, item: int, affine: Tensor
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """The one that the network knows, with the steps of ``affine``: its affine and size."""
         d = len(affine) - 1
         size = tuple(self.contract["size"])
         check_shape(size, (d,), "size")
-        image = pair.moving[item : item + 1]
-        least, largest = self._ends(image.flatten(1))
-        # All of an image that is alike everywhere.
-        bright = (image[0].amax(0) >= least + BRIGHT * (largest - least)).nonzero().cpu().double()
-        middle = torch.cat([(bright.amin(0) + bright.amax(0)) / 2, bright.new_ones(1)])
-        there = torch.linalg.solve(pair.affine[item], pair.moving_affine @ middle)
-        voxel = torch.linalg.solve(affine, there)[:d]
-        # By whole voxels, so that nothing is interpolated that need not be; halves go up, wherever
-        # the grid begins.
-        first = (voxel - (voxel.new_tensor(size) - 1) / 2 + 0.5 + 1e-6).floor()
+        middle = torch.cat([_middle(pair.moving[item].amax(0)), torch.ones(1).double()])
+        fixed = pair.fixed_affine
+        voxel = torch.linalg.solve(pair.affine[item] @ fixed, pair.moving_affine @ middle)[:d]
+        if bool(pair.field[item].any()):
+            u = pair.field[item : item + 1]
+            voxel = invert_points(voxel.to(u).view(1, 1, d), u).fixed_points[0, 0].to(voxel)
+        # Steps in voxels of the fixed grid, whose axes are parallel: one number a column.
+        steps = torch.linalg.solve(fixed[:d, :d], affine[:d, :d])
+        axes = steps.abs().argmax(0)
+        step = steps[axes, range(d)]
+        # The outermost voxels begin where voxels of the fixed grid do, whatever margin these have.
+        first = step.sign() * voxel[axes] - step.abs() * (voxel.new_tensor(size) - 1) / 2
+        inset = (step.abs() - 1) / 2
+        first = (first - inset + 0.5 + 1e-3).floor() + inset
+        corner = torch.empty_like(voxel)
+        corner[axes] = step.sign() * first
         new = affine.clone()
-        new[:d, d] += affine[:d, :d] @ first
+        new[:d, d] = fixed[:d, :d] @ corner + fixed[:d, d]
         return new, size
 
     def _found(
@@ -239,13 +252,18 @@ class Network:
             quantile = self.contract.get("quantile", 1.0)
             clipped = f", those above the quantile {quantile:g} clipped" if quantile < 1 else ""
             notes.append(f"intensities of each image scaled to {low:g} .. {high:g}{clipped}")
-        if shape == tuple(new_shape) and torch.equal(affine, pair.fixed_affine):
+        kind = ", ".join(f"{k} {self.contract[k]}" for k in _PLACING if k in self.contract)
+        if "size" in self.contract:
+            notes.append(
+                f"the network knows one field of view, {_size(new_shape)} ({kind}), laid "
+                "around what is bright in each moving image; beyond, the field is that at its edge"
+            )
+        elif shape == tuple(new_shape) and torch.equal(affine, pair.fixed_affine):
             notes.append("fixed grid as the network takes it")
         else:
-            kind = [f"{k} {self.contract[k]}" for k in _PLACING if k in self.contract]
             notes.append(
                 f"fixed grid {_size(shape)} brought to {_size(new_shape)} for the network "
-                f"({', '.join(kind)}), the least intensity around it; its field brought back"
+                f"({kind}), the least intensity around it; its field brought back"
             )
         masks = [m for m in ("moving", "fixed") if getattr(pair, f"{m}_mask") is not None]
         if masks:
@@ -265,6 +283,24 @@ def _evaluating(network: Callable[..., Any]) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def _middle(image: Tensor) -> Tensor:
+    """Of what is bright in an image ``(*S)``: its voxel ``(D,)``, float64 on the CPU."""
+    least = image.min()
+    above = image[image > least]
+    level = least
+    if len(above):
+        brightest = above.kthvalue(math.ceil(BRIGHTEST * len(above))).values
+        level = least + BRIGHT * (brightest - least)
+    bright = image >= level
+    found = []
+    for axis in range(image.ndim):
+        others = [k for k in range(image.ndim) if k != axis]
+        counts = bright.sum(others)
+        planes = (counts >= FULL * counts.max()).nonzero()
+        found.append(float(planes[0] + planes[-1]) / 2)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _size(shape: Sequence[int]) -> str:
