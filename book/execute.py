@@ -30,6 +30,14 @@ BUILD = ROOT / "build"
 SITE = BUILD / "site"
 EXECUTED = BUILD / "executed"
 
+# Runs in every kernel as it starts. One that hangs says where, whoever holds its lock.
+DUMP_STACKS = """
+import faulthandler, os
+_file = open(os.environ["NOTEBOOK_STACKS"], "w")
+faulthandler.dump_traceback_later(float(os.environ["NOTEBOOK_DUMP"]), file=_file)
+del faulthandler, os
+"""
+
 # Runs in the kernel after the notebook's first code cell; it leaves no trace in the copy.
 ASSERT_WHEEL = """
 import pathlib as _p, reglib as _r
@@ -90,8 +98,11 @@ def build_wheel(library: str) -> None:
     stamp.write_text(library)
 
 
-def kernel_environment(threads: int) -> dict[str, str]:
-    """The environment of a notebook: the wheel first, no settings of the person who runs make."""
+def kernel_environment(threads: int, stacks: Path, dump: float) -> dict[str, str]:
+    """The environment of a notebook: the wheel first, no settings of the person who runs make.
+
+    After ``dump`` seconds its kernel writes the stacks of its threads to the file ``stacks``.
+    """
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -100,6 +111,7 @@ def kernel_environment(threads: int) -> dict[str, str]:
     }
     environment["PYTHONPATH"] = str(SITE)
     environment["IPYTHONDIR"] = str(BUILD / "ipython")
+    environment |= {"NOTEBOOK_STACKS": str(stacks), "NOTEBOOK_DUMP": str(dump)}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     # Threads that wait give their core away: on a busy machine, spinning ones take minutes.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -132,17 +144,16 @@ class Kernels:
             self.running.add(process)
         return process
 
-    def wait(self, process: subprocess.Popen[str], timeout: float) -> str | None:
-        """What a process printed; ``None`` if it had to be stopped."""
+    def wait(self, process: subprocess.Popen[str], timeout: float) -> tuple[str, bool]:
+        """What a process printed, and whether it had to be stopped."""
         try:
-            output: str | None = process.communicate(timeout=timeout)[0]
+            output, late = process.communicate(timeout=timeout)[0], False
         except subprocess.TimeoutExpired:
-            output = None
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            output, late = process.communicate()[0], True
         with self.lock:
             self.running.discard(process)
-        return output
+        return output, late
 
     def end(self) -> None:
         """Stop all, and start no more."""
@@ -168,20 +179,27 @@ def execute(
     command = [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
     # The settings of our own suite do not apply to a notebook.
     command += ["-c", os.devnull, "--rootdir", str(folder)]
+    # Before it is stopped, both sides say where they are.
+    dump, stacks = 0.9 * timeout, folder.with_suffix(".stacks")
+    command += ["-o", f"faulthandler_timeout={dump}"]
+    stacks.unlink(missing_ok=True)
     command += ["--nbmake", "--overwrite", "--nbmake-kernel=python3"]
     command += [f"--nbmake-timeout={int(timeout)}", str(copy)]
     start = time.perf_counter()
     process = kernels.start(
         command,
         cwd=folder,
-        env=kernel_environment(threads),
+        env=kernel_environment(threads, stacks, dump),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    output = kernels.wait(process, timeout)
+    output, late = kernels.wait(process, timeout)
     failure = None if process.returncode == 0 else output
-    if output is None:
-        failure = f"stopped: it took longer than {timeout:.0f} s (make NOTEBOOK_TIMEOUT=...)"
+    if late:
+        kernel = stacks.read_text() if stacks.is_file() else "it ran nothing"
+        failure = f"stopped: it took longer than {timeout:.0f} s (make NOTEBOOK_TIMEOUT=...)\n"
+        failure += f"its kernel after {dump:.0f} s:\n{kernel}\n"
+        failure += f"the side that waits for it:\n{output}"
     seconds = time.perf_counter() - start
 
     if failure is None:
@@ -214,6 +232,9 @@ def main() -> int:
         return 1
     library = library_digest()
     build_wheel(library)
+    startup = BUILD / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True, exist_ok=True)
+    (startup / "stacks.py").write_text(DUMP_STACKS)
     width = max(len(source.stem) for source in sources)
     names = {
         source: f"[{number}/{len(sources)}] {source.stem:<{width}}"
