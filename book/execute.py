@@ -1,10 +1,11 @@
 """Execute every notebook once per change: in an empty folder, against the built wheel.
 
-Each notebook is copied to ``build/notebooks/NN_topic/`` and run there by nbmake, with the wheel
-unpacked in ``build/site`` first on the path. That is what a reader on Colab gets: no file beside
-the notebook and no source tree. A copy that ran to its end moves to ``build/executed/``, with a
-record of its seconds and of a hash of everything it was made from; while the hash stays the same
-the notebook is not run again, neither for the tests nor for the book.
+Each notebook is copied to ``build/notebooks/NN_topic/`` and run there by nbmake (in the pytest of
+``notebook_pytest.py``), with the wheel unpacked in ``build/site`` first on the path. That is what a
+reader on Colab gets: no file beside the notebook and no source tree. A copy that ran to its end
+moves to ``build/executed/``, with a record of its seconds and of a hash of everything it was made
+from; while the hash stays the same the notebook is not run again, neither for the tests nor for the
+book.
 
 Two run side by side, each on half of the cores: most of what a page computes is too small to keep
 two cores busy. ``NOTEBOOK_JOBS=1`` runs one after the other on all of them.
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+RUNNER = ROOT / "book" / "notebook_pytest.py"
 BUILD = ROOT / "build"
 SITE = BUILD / "site"
 EXECUTED = BUILD / "executed"
@@ -73,6 +75,7 @@ def library_digest() -> str:
             ROOT / "pyproject.toml",
             ROOT / "constraints.txt",
             ROOT / "book" / "execute.py",
+            RUNNER,
         ],
         sys.version,
     )
@@ -176,7 +179,7 @@ def execute(
     nbmake.setdefault("post_cell_execute", []).append(ASSERT_WHEEL.format(site=str(SITE)))
     copy.write_text(json.dumps(notebook), encoding="utf-8")
 
-    command = [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-P", str(RUNNER), "-q", "--color=no", "-p", "no:cacheprovider"]
     # The settings of our own suite do not apply to a notebook.
     command += ["-c", os.devnull, "--rootdir", str(folder)]
     # Before it is stopped, both sides say where they are.
