@@ -48,6 +48,7 @@ def test_results_name_script_commit_hardware_and_seconds(path: Path) -> None:
         (["georeg_synthetic"], "georeg_synthetic_steps"),
         (["georeg_synthetic_tuning"], "georeg_synthetic_explored_steps"),
         (["georeg_subjects", "georeg_layers"], "georeg_subjects_steps"),
+        (["georeg_volumes"], "georeg_volumes_steps"),
     ],
 )
 def test_networks_of_a_table_were_trained_as_calibrated(
