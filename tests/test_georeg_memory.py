@@ -131,7 +131,12 @@ def test_what_would_not_fit_is_estimated_and_said_to_be():
     assert "seconds" not in found
     assert "peak_memory" not in found
     assert script.estimated(task, rows, 8 * 10**8) is None
-    assert script.estimated(script.Task(script.OURS, (640, 64, 64)), rows, 1) is None
+    other = script.Task(script.OURS, (60, 64, 64))
+    assert script.estimated(other, rows, 7 * 10**7)["estimated_memory"] == 8 * 10**7
+    peer = "VoxelMorph (MONAI)"
+    assert (
+        script.estimated(script.Task(peer, (60, 64, 64)), [*rows, row(peer, SIZE, 10)], 1) is None
+    )
     assert script.estimated(task, [], 1) is None
 
 
