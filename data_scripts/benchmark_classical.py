@@ -44,6 +44,7 @@ from benchmark_record import DRAWS, UNREGISTERED, Record, Row, estimate, key, su
 from brains import ixi_structures, relabel, scaled
 from provenance import ROOT, committed_or_stop
 from torch import Tensor
+from trainings import trained_or_stop
 
 from reglib.data import datasets
 from reglib.data.assets import fetch
@@ -505,6 +506,29 @@ def known_or_stop(
     unknown = set(names) - set(known)
     if unknown:
         raise SystemExit(f"no such {kind}: {sorted(unknown)}; one of {list(known)}")
+
+
+def chosen(
+    part: str,
+    every: dict[str, dict[str, Any]],
+    only: Collection[str] | None,
+    again: Collection[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """The configurations that are asked for, out of all; stops where they cannot be measured.
+
+    Args:
+        part: of the split; what sees ``"test"`` has to be committed.
+        every: all configurations of a table.
+        only: names of those to measure; ``None`` for all.
+        again: names of those to measure anew.
+    """
+    if part == "test":
+        committed_or_stop()
+    known_or_stop(only or [], every)
+    known_or_stop(again, [*every, UNREGISTERED])
+    wanted = {name: own for name, own in every.items() if only is None or name in only}
+    trained_or_stop(wanted)
+    return wanted
 
 
 def register_all(

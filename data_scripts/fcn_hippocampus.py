@@ -48,13 +48,13 @@ import benchmark_record
 import fcn_networks as networks
 import peers
 import torch
-from benchmark_classical import Case, Loaded, known_or_stop, register_all, run_reglib
+from benchmark_classical import Case, Loaded, chosen, known_or_stop, register_all, run_reglib
 from benchmark_record import Record, Row, summarise
 from fcn_networks import EMBEDDED, LOCAL, SEEDS, load, whole_dice
-from provenance import ROOT, committed_or_stop
+from provenance import ROOT
 from table_networks import trained
 from torch import Tensor
-from trainings import configuration, table_parser, trained_or_stop
+from trainings import configuration, table_parser
 
 from reglib.data.nifti import Image
 from reglib.geometry.sampling import warp_labels
@@ -188,18 +188,13 @@ def table(content: dict[str, Any]) -> str:
 
 def test(part: str, pairs: int | None, only: Sequence[str] | None) -> None:
     """Register and measure."""
-    final = part == "test"
-    if final:
-        committed_or_stop()
-    all_of_them = configurations()
-    known_or_stop(only or [], all_of_them)
-    wanted = {name: all_of_them[name] for name in all_of_them if only is None or name in only}
-    trained_or_stop(wanted)
+    final, every = part == "test", configurations()
+    wanted = chosen(part, every, only)
     trainings = [r for r in networks.TRAININGS.records() if r["network"] != EMBEDDED]
     register_all(
         Record(WORK / f"{part}.json", part, RESULTS if final else None),
         cases(part)[:pairs],
-        all_of_them if final else wanted,
+        every if final else wanted,
         functools.partial(loaded, part=part),
         __file__,
         WORK,

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 import trainings
-from benchmark_classical import known_or_stop
+from benchmark_classical import chosen, known_or_stop
 from benchmark_record import (
     UNREGISTERED,
     Record,
@@ -49,11 +49,11 @@ from benchmark_record import (
     over_seeds,
 )
 from georeg_synthetic_networks import SEEDS, Cell, Pairs, deformed, lncc_of_five, load
-from provenance import ROOT, committed_or_stop
+from provenance import ROOT
 from table_networks import save, trained
 from torch import Tensor, nn
 from torch.nn import functional
-from trainings import Stream, Trainings, table_parser, trained_or_stop
+from trainings import Stream, Trainings, table_parser
 
 from reglib.methods import georeg
 from reglib.objectives.metrics import folding
@@ -331,13 +331,8 @@ def registered(name: str, settings: dict[str, Any], pair: Thick) -> Tensor:
 
 def test(part: str, only: Collection[str] | None) -> None:
     """Register and measure."""
-    final = part == "test"
-    if final:
-        committed_or_stop()
-    own = configurations()
-    known_or_stop(only or [], own)
-    wanted = {name: own[name] for name in own if only is None or name in only}
-    trained_or_stop(wanted)
+    final, own = part == "test", configurations()
+    wanted = chosen(part, own, only)
     record = Record(WORK / f"{part}.json", part, RESULTS if final else None)
     subjects = load(part, 3).subjects
     known = functools.lru_cache(1)(pair_of)  # of one subject at all spacings

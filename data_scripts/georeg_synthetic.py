@@ -47,7 +47,7 @@ from typing import Any, NamedTuple
 import georeg_synthetic_networks as networks
 import peers
 import torch
-from benchmark_classical import CAP, Case, known_or_stop, register_all, run_reglib
+from benchmark_classical import CAP, Case, chosen, known_or_stop, register_all, run_reglib
 from benchmark_record import (
     UNREGISTERED,
     Record,
@@ -61,10 +61,10 @@ from benchmark_record import (
 )
 from brains import ixi_structures
 from georeg_synthetic_networks import CELLS, SEEDS, Cell, Pairs, load, pair_of
-from provenance import ROOT, committed_or_stop
+from provenance import ROOT
 from table_networks import trained
 from torch import Tensor
-from trainings import table_parser, trained_or_stop
+from trainings import table_parser
 
 from reglib.data.nifti import Image
 from reglib.geometry.grid import identity_grid
@@ -354,20 +354,14 @@ def table(content: dict[str, Any]) -> str:
 
 def test(part: str, pairs: int | None, only: Sequence[str] | None, again: Sequence[str]) -> None:
     """Register and measure."""
-    final = part == "test"
-    if final:
-        committed_or_stop()
-    all_of_them = configurations()
-    known_or_stop(only or [], all_of_them)
-    known_or_stop(again, [*all_of_them, UNREGISTERED])
-    wanted = {name: all_of_them[name] for name in all_of_them if only is None or name in only}
-    trained_or_stop(wanted)
+    final, every = part == "test", configurations()
+    wanted = chosen(part, every, only, again)
     record = Record(WORK / f"{part}.json", part, RESULTS if final else None)
     record.forget(again)
     register_all(
         record,
         cases(part, pairs),
-        all_of_them if final else wanted,
+        every if final else wanted,
         functools.partial(load_pair, part=part),
         __file__,
         WORK,

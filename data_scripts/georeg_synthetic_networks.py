@@ -138,8 +138,8 @@ class Pairs(NamedTuple):
     """Images and the truth between them, ``(B, 1, *S)`` but for ``field``, ``(B, D, *S)``.
 
     ``fixed = moving(x + u(x))`` and noise, where beyond the image is 0 (of two subjects: the other
-    one's image, deformed). ``mask`` is where the fixed
-    grid shows the brain, which implies that x + u(x) is in the image.
+    one's image, deformed). ``mask`` is where the fixed grid shows the brain, which implies that
+    x + u(x) is in the image.
     """
 
     moving: Tensor
@@ -364,14 +364,15 @@ class Recipe(NamedTuple):
         """What is minimised."""
         module = georeg if self.kind == "georeg" else fcn
         by_images = functools.partial(module.objective, **self.objective)
-        if self.truth is None:
+        weights = self.truth
+        if weights is None:
             return by_images
 
         def told(
             output: georeg.Output, moving: Tensor, fixed: Tensor, field: Tensor, mask: Tensor
         ) -> dict[str, Tensor]:
             terms: dict[str, Tensor] = by_images(output, moving, fixed)
-            return terms | {"truth": off_truth(output, field, mask, self.truth or ())}
+            return terms | {"truth": off_truth(output, field, mask, weights)}
 
         return told
 

@@ -51,8 +51,8 @@ import georeg_synthetic_networks as networks
 import peers
 import torch
 import volumes
-from benchmark_classical import CAP, Case, known_or_stop, register_all, run_reglib
-from benchmark_record import UNREGISTERED, Record
+from benchmark_classical import CAP, Case, chosen, known_or_stop, register_all, run_reglib
+from benchmark_record import Record
 from brains import ixi_structures
 from fcn_networks import places
 from georeg_subjects import T1, Loaded, measure, summarise
@@ -60,9 +60,9 @@ from georeg_synthetic import PIXELS
 from georeg_synthetic import PROTOCOL as SYNTHETIC
 from georeg_synthetic_networks import CELLS, Cell, Recipe, lncc_of_five, load, pair_of
 from inr_zurich import settings_of
-from provenance import ROOT, committed_or_stop
+from provenance import ROOT
 from table_networks import trained
-from trainings import Trainings, configuration, table_parser, tasks, trained_or_stop
+from trainings import Trainings, configuration, table_parser, tasks
 
 from reglib.data.nifti import Image
 from reglib.geometry.sampling import warp_labels
@@ -236,11 +236,7 @@ def load_pair(case: Case, part: str) -> Loaded:
 def test(part: str, only: Sequence[str] | None, again: Sequence[str]) -> None:
     """Register and measure."""
     final, every = part == "test", configurations()
-    if final:
-        committed_or_stop()
-    known_or_stop([*(only or []), *again], [*every, UNREGISTERED])
-    wanted = {name: every[name] for name in every if only is None or name in only}
-    trained_or_stop(wanted)
+    wanted = chosen(part, every, only, again)
     record = Record(WORK / f"{part}.json", part, RESULTS if final else None)
     record.forget(again)
     register_all(

@@ -198,32 +198,20 @@ def test_fields_from_elsewhere_are_scored(prepared, tmp_path) -> None:
         script.score(prepared, fields)
 
 
-def test_prepare_run_and_results(folder, tmp_path, monkeypatch, capsys) -> None:
+def test_prepare_run_and_results(folder, tmp_path, monkeypatch, fake_workers, capsys) -> None:
     """All verbs in a row; the workers know the truth."""
     monkeypatch.setattr(script, "WORK", tmp_path / "work")
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(provenance, "provenance", lambda: {"uncommitted_changes": False})
-    monkeypatch.setattr(benchmark, "make_environment", lambda: Path(sys.executable))
     monkeypatch.setattr(benchmark, "CAP", benchmark.CAP)  # the script sets its own
-    monkeypatch.setattr(benchmark, "versions", lambda python: {"torch": "2"})
 
-    class Fake:
-        def __init__(self, python, folder, file, logs, *, warm):
-            assert Path(file).name == "abdomen_mrct.py"
-            self.files = {part: folder / f"{part}.nii" for part in ("moving", "fixed", "field")}
+    def register(pair, name, settings):
+        assert pair.script.name == "abdomen_mrct.py"
+        assert read_image(pair.files["fixed"]).tensor.shape[2:] == SHAPE
+        write_field(pair.files["field"], truth(), AFFINE)
+        return {"seconds": 0.5, "cpu_seconds": 0.5}
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def register(self, name, settings):
-            assert read_image(self.files["fixed"]).tensor.shape[2:] == SHAPE
-            write_field(self.files["field"], truth(), AFFINE)
-            return {"seconds": 0.5, "cpu_seconds": 0.5}
-
-    monkeypatch.setattr(benchmark, "Workers", Fake)
+    fake_workers(benchmark, register)
     script.main(["prepare", str(folder)])
     assert "0001, 0007" in capsys.readouterr().out
     script.main(["run"])

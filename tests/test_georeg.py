@@ -503,6 +503,26 @@ def test_no_weights_of_an_unknown_name() -> None:
         georeg.load_pretrained("faces")
 
 
+def turned(image: Image, degrees: list[float], shift: list[float]) -> tuple[Image, torch.Tensor]:
+    """An image turned about the middle of its grid and shifted by voxels, and the true field."""
+    shape, d = image.tensor.shape[2:], len(shift)
+    grid = torch.eye(d + 1, dtype=torch.float64)
+    matrix = geometry.affine_matrix(
+        torch.deg2rad(torch.tensor([degrees])),
+        torch.tensor([shift]),
+        log_scales=torch.zeros(1, d),
+        shears=torch.zeros(1, len(degrees)),
+        centre=geometry.grid_centre(grid, shape).float(),
+    )
+    truth = geometry.affine_field(matrix, grid, grid, shape).float()
+    return Image(warp(image.tensor, truth, padding="zeros"), image.affine), truth
+
+
+def distance(field: torch.Tensor, truth: torch.Tensor, inside: torch.Tensor) -> float:
+    """Mean over the voxels inside, in voxels."""
+    return float((field - truth).norm(dim=1, keepdim=True)[inside].mean())
+
+
 @pytest.mark.parametrize(("degrees", "most_folding"), [(20, 0), (-20, 0), (30, 0.005)])
 def test_pretrained_weights_turn_a_brain_they_have_never_seen_back(
     degrees: float, most_folding: float
@@ -513,23 +533,10 @@ def test_pretrained_weights_turn_a_brain_they_have_never_seen_back(
     scanner. It is most where training ended, at 45 degrees.
     """
     image = datasets.colin27(dimensions=2).image
-    shape = image.tensor.shape[2:]
-    grid = torch.eye(3, dtype=torch.float64)
-    matrix = geometry.affine_matrix(
-        torch.tensor([[math.radians(degrees)]]),
-        torch.tensor([[12.0, -16.0]]),
-        log_scales=torch.zeros(1, 2),
-        shears=torch.zeros(1, 1),
-        centre=geometry.grid_centre(grid, shape).float(),
-    )
-    truth = geometry.affine_field(matrix, grid, grid, shape).float()
-    fixed = Image(warp(image.tensor, truth, padding="zeros"), image.affine)
+    fixed, truth = turned(image, [degrees], [12.0, -16.0])
     found = register(image, fixed, georeg.load_pretrained("brain_slices"))
     inside = fixed.tensor > 0.1
-    before, after = (
-        float((u - truth).norm(dim=1, keepdim=True)[inside].mean())
-        for u in (0 * truth, found.field)
-    )
+    before, after = (distance(u, truth, inside) for u in (0 * truth, found.field))
     assert before > 20
     assert after < before / 6
     assert float(folding(found.field, mask=inside.float())) <= most_folding
@@ -542,29 +549,16 @@ def test_pretrained_weights_turn_a_whole_brain_they_have_never_seen_back() -> No
     on one side changes nothing, as it knows one field of view only.
     """
     image = datasets.colin27().image
-    shape = image.tensor.shape[2:]
-    grid = torch.eye(4, dtype=torch.float64)
-    matrix = geometry.affine_matrix(
-        torch.deg2rad(torch.tensor([[15.0, -10.0, 20.0]])),
-        torch.tensor([[6.0, -8.0, 4.0]]),
-        log_scales=torch.zeros(1, 3),
-        shears=torch.zeros(1, 3),
-        centre=geometry.grid_centre(grid, shape).float(),
-    )
-    truth = geometry.affine_field(matrix, grid, grid, shape).float()
-    fixed = Image(warp(image.tensor, truth, padding="zeros"), image.affine)
+    fixed, truth = turned(image, [15.0, -10.0, 20.0], [6.0, -8.0, 4.0])
     found = register(image, fixed, georeg.load_pretrained("brain_volumes"))
     inside = fixed.tensor > 0.05
-    before, after = (
-        float((u - truth).norm(dim=1, keepdim=True)[inside].mean())
-        for u in (0 * truth, found.field)
-    )
+    before, after = (distance(u, truth, inside) for u in (0 * truth, found.field))
     assert before > 12
     assert after < before / 3
     assert float(folding(found.field, mask=inside.float())) < 0.01
     wide = [Image(F.pad(x.tensor, (0, 30) * 3), x.affine) for x in (image, fixed)]
     again = register(*wide, georeg.load_pretrained("brain_volumes")).field
-    inner = (..., *(slice(n) for n in shape))
+    inner = (..., *(slice(n) for n in image.tensor.shape[2:]))
     torch.testing.assert_close(again[inner], found.field, rtol=0, atol=1e-3)
 
 

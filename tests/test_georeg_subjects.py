@@ -264,32 +264,17 @@ def test_every_configuration_is_json_and_is_registered_by_what_it_names(members)
 # --- The table ------------------------------------------------------------------------------
 
 
-def test_the_tuning_table_is_measured_from_what_workers_leave(members, monkeypatch, capsys):
+def test_the_tuning_table_is_measured_from_what_workers_leave(members, fake_workers, capsys):
     """All that the script does but the registrations themselves: the field is 0."""
     wanted = {name: {"package": "SimpleITK"} for name in ("peer", "other")}
 
-    class Workers:
-        def __init__(self, python, folder, file, logs, *, warm):
-            self.files = {part: folder / f"{part}.nii" for part in ("moving", "fixed", "field")}
-            assert len(warm) == 2
+    def register(pair, name, settings):
+        assert len(pair.warm) == 2
+        shape = read_image(pair.files["fixed"]).tensor.shape[2:]
+        write_field(pair.files["field"], torch.zeros(1, 2, *shape), script.AFFINE)
+        return {"seconds": 0.5, "cpu_seconds": 0.5}
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def register(self, name, settings):
-            shape = read_image(self.files["fixed"]).tensor.shape[2:]
-            write_field(self.files["field"], torch.zeros(1, 2, *shape), script.AFFINE)
-            return {"seconds": 0.5, "cpu_seconds": 0.5}
-
-    for name, value in {
-        "Workers": Workers,
-        "make_environment": lambda: Path(sys.executable),
-        "versions": lambda python: {},
-    }.items():
-        monkeypatch.setattr(benchmark, name, value)
+    fake_workers(benchmark, register)
     for kind, least in ((networks.BRAINS, 0.1), (networks.LAYERS, 0.0)):
         script.test(kind, "tuning", wanted, [])
         rows = json.loads((script.WORK / f"{kind}_tuning.json").read_text())["rows"]

@@ -210,7 +210,7 @@ def test_the_network_that_travels_is_the_trained_one_and_brings_volumes_to_4_mm(
     assert apart < length / 10
 
 
-def test_the_table_holds_every_set_and_who_is_better_by_how_much(small, monkeypatch):
+def test_the_table_holds_every_set_and_who_is_better_by_how_much(small, fake_workers, monkeypatch):
     """Workers that find nothing, and one that finds half a voxel; a few pairs of each set."""
     script.train("GeoReg", 0, 2)
     script.embed()
@@ -218,30 +218,15 @@ def test_the_table_holds_every_set_and_who_is_better_by_how_much(small, monkeypa
     every = script.configurations()
     few = script.cases("test")[::5]
 
-    class Workers:
-        def __init__(self, python, folder, file, logs, *, warm):
-            self.files = {part: folder / f"{part}.nii" for part in ("moving", "fixed", "field")}
+    def register(pair, name, settings):
+        field = torch.full((1, 3, *SHAPE), 0.5 if "weights" in settings else 0.0)
+        write_field(pair.files["field"], field, script.AFFINE)
+        return {"seconds": 0.5, "cpu_seconds": 0.5}
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def register(self, name, settings):
-            field = torch.full((1, 3, *SHAPE), 0.5 if "weights" in settings else 0.0)
-            write_field(self.files["field"], field, script.AFFINE)
-            return {"seconds": 0.5, "cpu_seconds": 0.5}
-
-    for name, value in {
-        "Workers": Workers,
-        "make_environment": lambda: Path(sys.executable),
-        "versions": lambda python: {},
-    }.items():
-        monkeypatch.setattr(benchmark, name, value)
+    fake_workers(benchmark, register)
     monkeypatch.setattr(script, "configurations", lambda: {n: every[n] for n in (ants, "GeoReg")})
     monkeypatch.setattr(script, "cases", lambda part: few)
-    monkeypatch.setattr(script, "committed_or_stop", lambda: None)
+    monkeypatch.setattr(benchmark, "committed_or_stop", lambda: None)
     script.test("test", None, [])
     found = json.loads(script.RESULTS.read_text())
     assert set(found["summary"]) == {*networks.FAMILIES, script.T1}

@@ -355,7 +355,7 @@ SETTINGS = {
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, pair):
+def run(tmp_path, fake_workers, pair):
     """``register_all`` with workers that know half of the truth, or fail, and no processes."""
     log: list[str] = []
     still = torch.zeros_like(pair.truth)
@@ -364,28 +364,16 @@ def run(tmp_path, monkeypatch, pair):
         truth=None, inside=None, structures=["bright"], moving_labels=labels, fixed_labels=labels
     )
 
-    class Fake:
-        def __init__(self, python, folder, file, logs, *, warm):
-            self.files = {part: folder / f"{part}.nii" for part in ("moving", "fixed", "field")}
+    def register(of, name, settings):
+        log.append(name)
+        if len(log) == run.dies_at:
+            raise SystemExit("no such package")
+        if name == "peer":
+            return {"error": "no good"}
+        write_field(of.files["field"], pair.truth / 2, PLACE.affine)
+        return {"seconds": 0.5, "cpu_seconds": 0.5}
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def register(self, name, settings):
-            log.append(name)
-            if len(log) == run.dies_at:
-                raise SystemExit("no such package")
-            if name == "peer":
-                return {"error": "no good"}
-            write_field(self.files["field"], pair.truth / 2, PLACE.affine)
-            return {"seconds": 0.5, "cpu_seconds": 0.5}
-
-    monkeypatch.setattr(benchmark, "Workers", Fake)
-    monkeypatch.setattr(benchmark, "versions", lambda python: {})
-    monkeypatch.setattr(benchmark, "make_environment", lambda: Path(sys.executable))
+    fake_workers(benchmark, register)
     everything = [
         script.Case("deformed", "a t2", "a t1", 0),
         script.Case("deformed", "b t2", "b t1", 1),
