@@ -42,8 +42,8 @@ SIZES = ((32, 32, 32), (64, 64, 64), (80, 96, 80), (160, 192, 160))
 #: A step of GeoReg is estimated, not measured, where it would need more bytes than this on a CPU,
 #: or than this share of a GPU.
 LIMIT, SHARE = 16 * 10**9, 0.9
-#: Tensors of a step are counted up to so many voxels: the profiler's own record of a step of a whole
-#: brain at 1 mm does not fit into 24 GB.
+#: Tensors of a step are counted up to so many voxels: the profiler's own record of the step of a
+#: whole brain at 1 mm does not fit into 24 GB.
 COUNTED = 10**6
 #: What the forms are to reach: bytes of a step at a size on each device.
 WANTED = {"cpu": ((80, 96, 80), 4 * 10**9), "cuda": ((160, 192, 160), 24 * 10**9)}
