@@ -13,6 +13,7 @@ two cores busy. ``NOTEBOOK_JOBS=1`` runs one after the other on all of them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -35,8 +36,8 @@ EXECUTED = BUILD / "executed"
 # Runs in every kernel as it starts. One that hangs says where, whoever holds its lock.
 DUMP_STACKS = """
 import faulthandler, os
-_file = open(os.environ["NOTEBOOK_STACKS"], "w")
-faulthandler.dump_traceback_later(float(os.environ["NOTEBOOK_DUMP"]), file=_file)
+_stacks = open(os.environ["NOTEBOOK_STACKS"], "w")
+faulthandler.dump_traceback_later(float(os.environ["NOTEBOOK_DUMP"]), file=_stacks)
 del faulthandler, os
 """
 
@@ -153,7 +154,9 @@ class Kernels:
             output, late = process.communicate(timeout=timeout)[0], False
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            output, late = process.communicate()[0], True
+            output, late = "", True
+            with contextlib.suppress(subprocess.TimeoutExpired):  # somebody else holds the pipe
+                output = process.communicate(timeout=10)[0]
         with self.lock:
             self.running.discard(process)
         return output, late
@@ -182,8 +185,8 @@ def execute(
     command = [sys.executable, "-P", str(RUNNER), "-q", "--color=no", "-p", "no:cacheprovider"]
     # The settings of our own suite do not apply to a notebook.
     command += ["-c", os.devnull, "--rootdir", str(folder)]
-    # Before it is stopped, both sides say where they are.
-    dump, stacks = 0.9 * timeout, folder.with_suffix(".stacks")
+    # Before it is stopped, both sides say where they are; they start later than the clock.
+    dump, stacks = max(timeout - 60, timeout / 2), folder.with_suffix(".stacks")
     command += ["-o", f"faulthandler_timeout={dump}"]
     stacks.unlink(missing_ok=True)
     command += ["--nbmake", "--overwrite", "--nbmake-kernel=python3"]
@@ -199,10 +202,11 @@ def execute(
     output, late = kernels.wait(process, timeout)
     failure = None if process.returncode == 0 else output
     if late:
-        kernel = stacks.read_text() if stacks.is_file() else "it ran nothing"
+        kernel = (stacks.read_text() if stacks.is_file() else "") or "it had hardly begun"
         failure = f"stopped: it took longer than {timeout:.0f} s (make NOTEBOOK_TIMEOUT=...)\n"
         failure += f"its kernel after {dump:.0f} s:\n{kernel}\n"
         failure += f"the side that waits for it:\n{output}"
+    stacks.unlink(missing_ok=True)
     seconds = time.perf_counter() - start
 
     if failure is None:

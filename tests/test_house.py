@@ -209,12 +209,12 @@ def test_a_notebook_that_takes_too_long_is_stopped(project):
     """What is said of it is where it hangs, and where the side hangs that waits for it."""
     hangs = "import reglib\ndef hangs():\n    import time\n    time.sleep(60)\nhangs()"
     write_notebook(project / "notebooks" / "01_slow.ipynb", hangs)
-    done = execute(project, NOTEBOOK_TIMEOUT="10")
+    done = execute(project, NOTEBOOK_TIMEOUT="16")
     assert done.returncode == 1
-    assert "longer than 10 s" in done.stdout
+    assert "longer than 16 s" in done.stdout
     kernel, waiting = done.stdout.split("the side that waits for it")
     assert "line 4 in hangs" in kernel
-    assert "nbmake" in waiting
+    assert "nb_run.py" in waiting  # nbmake's, which awaits the cell
 
 
 def test_the_end_of_a_cell_is_noticed_although_a_message_went_out_as_it_came():
