@@ -140,6 +140,15 @@ def test_what_would_not_fit_is_estimated_and_said_to_be():
     assert script.estimated(task, [], 1) is None
 
 
+def test_parts_are_measured_at_a_middle_size_and_large_steps_are_not_profiled():
+    sizes = [(n, n, n) for n in (8, 16, 32, 64)]
+    for count, middle in ((1, 8), (2, 8), (3, 16), (4, 16)):
+        kept = [t for t in script.tasks([script.OURS], sizes[:count]) if t.kind == "kept"]
+        assert [task.shape for task in kept] == [(middle,) * 3]
+    found = script.measured(lambda: None, lambda: None, "cpu", 1, count=False)
+    assert found.keys() == {"seconds", "peak_memory", "base_memory"}
+
+
 def test_targets_are_judged_by_what_was_measured_alone():
     big = (80, 96, 80)
     rows = [
