@@ -519,13 +519,13 @@ def chosen(
     Args:
         part: of the split; what sees ``"test"`` has to be committed.
         every: all configurations of a table.
-        only: names of those to measure; ``None`` for all.
+        only: names of those to measure; ``None`` for all. Before registration everything is
+            measured anyway.
         again: names of those to measure anew.
     """
     if part == "test":
         committed_or_stop()
-    known_or_stop(only or [], every)
-    known_or_stop(again, [*every, UNREGISTERED])
+    known_or_stop([*(only or []), *again], [*every, UNREGISTERED])
     wanted = {name: own for name, own in every.items() if only is None or name in only}
     trained_or_stop(wanted)
     return wanted

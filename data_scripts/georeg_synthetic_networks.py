@@ -308,12 +308,13 @@ def endpoint_error(field: Tensor, pairs: Pairs) -> Tensor:
 
 
 def off_truth(
-    output: georeg.Output, field: Tensor, mask: Tensor, weights: Sequence[float]
+    output: georeg.Output | fcn.Output, field: Tensor, mask: Tensor, weights: Sequence[float]
 ) -> Tensor:
-    """How far GeoReg's fields are from the truth within the mask, all of them summed.
+    """How far a network's fields are from the truth within the mask, all of them summed.
 
     Args:
-        output: of the network.
+        output: of the network; where one that is not GeoReg has no field of a level, the means of
+            its last one count.
         field: the truth, ``(B, D, *S)`` in voxels; levels are compared with its means.
         mask: ``(B, 1, *S)``.
         weights: of the mean distance at each level, in its voxels, finest first.
@@ -321,7 +322,15 @@ def off_truth(
     truths = [x / 2**level for level, x in enumerate(pyramid(field, len(weights)))]
     masks = pyramid(mask.to(field), len(weights))
     total = field.new_zeros(())
-    for level, _, found in output.stages:
+    if isinstance(output, georeg.Output):
+        fields = [(level, found) for level, _, found in output.stages]
+    else:
+        own = {
+            2**level: x / 2**level for level, x in enumerate(pyramid(output.field, len(weights)))
+        }
+        own |= {factor: x for factor, x in output.levels if factor in own}
+        fields = [(level, own[2**level]) for level in range(len(weights))]
+    for level, found in fields:
         if weights[level]:
             # Its gradient is finite at 0.
             apart = (found - truths[level]).square().sum(1, keepdim=True).add(1e-4).sqrt()
@@ -369,7 +378,11 @@ class Recipe(NamedTuple):
             return by_images
 
         def told(
-            output: georeg.Output, moving: Tensor, fixed: Tensor, field: Tensor, mask: Tensor
+            output: georeg.Output | fcn.Output,
+            moving: Tensor,
+            fixed: Tensor,
+            field: Tensor,
+            mask: Tensor,
         ) -> dict[str, Tensor]:
             terms: dict[str, Tensor] = by_images(output, moving, fixed)
             return terms | {"truth": off_truth(output, field, mask, weights)}

@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from reglib.methods import fcn, georeg
 from reglib.weights import load_weights, save_weights
 
+#: Sizes that MONAI's U-Net takes are multiples of this.
+MULTIPLE = 16
+
 
 class UNet(nn.Module):
     """MONAI's VoxelMorph with the channels of its documentation.
+
+    Images of other sizes than it takes have 0 added at their ends, and the field is cut there.
 
     Args:
         dimensions: 2 or 3 spatial axes.
@@ -42,12 +48,15 @@ class UNet(nn.Module):
             nn.init.zeros_(last.bias)
         self.settings = {"dimensions": dimensions, "integration": integration}
         self.card: dict[str, Any] = {
-            "input": {"channels": 1, "range": [0.0, 1.0], "size_multiple": 16}
+            "input": {"channels": 1, "range": [0.0, 1.0], "size_multiple": MULTIPLE}
         }
 
     def forward(self, moving: Tensor, fixed: Tensor) -> fcn.Output:
         """The field, as the only level of an output that the objective of FCN understands."""
-        field = self.voxelmorph(moving, fixed)[1]
+        shape = moving.shape[2:]
+        more = [x for n in reversed(shape) for x in (0, -n % MULTIPLE)]
+        field = self.voxelmorph(functional.pad(moving, more), functional.pad(fixed, more))[1]
+        field = field[(..., *(slice(n) for n in shape))]
         return fcn.Output(field, (fcn.Level(1, field),))
 
 

@@ -1,7 +1,6 @@
 """Settings of the whole suite, and what several of its files need."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,17 +14,16 @@ torch.set_num_threads(1)
 def fake_workers(monkeypatch):
     """Puts a function in the place of the processes that register pairs for a table.
 
-    It is called as ``register(pair, name, settings)``, where ``pair`` has the files that a worker
-    would read and write, ``files``, its ``script`` and its arguments ``warm``. What it gives is
-    what a worker answers.
+    It is called as ``register(worker, name, settings)``. A worker has ``files``, which it would
+    read and write, its ``script``, and ``warm``, which it was started with. What the function gives
+    is what the worker answers.
     """
 
     def install(benchmark, register):
         class Workers:
             def __init__(self, python, folder, file, logs, *, warm):
-                files = {part: folder / f"{part}.nii" for part in ("moving", "fixed", "field")}
-                self.files = files
-                self.pair = SimpleNamespace(files=files, script=Path(file), warm=warm)
+                self.files = {part: folder / f"{part}.nii" for part in ("moving", "fixed", "field")}
+                self.script, self.warm = Path(file), warm
 
             def __enter__(self):
                 return self
@@ -34,7 +32,7 @@ def fake_workers(monkeypatch):
                 pass
 
             def register(self, name, settings):
-                return register(self.pair, name, settings)
+                return register(self, name, settings)
 
         monkeypatch.setattr(benchmark, "Workers", Workers)
         monkeypatch.setattr(benchmark, "make_environment", lambda: Path("python"))

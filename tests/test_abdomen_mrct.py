@@ -205,10 +205,10 @@ def test_prepare_run_and_results(folder, tmp_path, monkeypatch, fake_workers, ca
     monkeypatch.setattr(provenance, "provenance", lambda: {"uncommitted_changes": False})
     monkeypatch.setattr(benchmark, "CAP", benchmark.CAP)  # the script sets its own
 
-    def register(pair, name, settings):
-        assert pair.script.name == "abdomen_mrct.py"
-        assert read_image(pair.files["fixed"]).tensor.shape[2:] == SHAPE
-        write_field(pair.files["field"], truth(), AFFINE)
+    def register(worker, name, settings):
+        assert worker.script.name == "abdomen_mrct.py"
+        assert read_image(worker.files["fixed"]).tensor.shape[2:] == SHAPE
+        write_field(worker.files["field"], truth(), AFFINE)
         return {"seconds": 0.5, "cpu_seconds": 0.5}
 
     fake_workers(benchmark, register)

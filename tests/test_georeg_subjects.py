@@ -268,10 +268,10 @@ def test_the_tuning_table_is_measured_from_what_workers_leave(members, fake_work
     """All that the script does but the registrations themselves: the field is 0."""
     wanted = {name: {"package": "SimpleITK"} for name in ("peer", "other")}
 
-    def register(pair, name, settings):
-        assert len(pair.warm) == 2
-        shape = read_image(pair.files["fixed"]).tensor.shape[2:]
-        write_field(pair.files["field"], torch.zeros(1, 2, *shape), script.AFFINE)
+    def register(worker, name, settings):
+        assert len(worker.warm) == 2
+        shape = read_image(worker.files["fixed"]).tensor.shape[2:]
+        write_field(worker.files["field"], torch.zeros(1, 2, *shape), script.AFFINE)
         return {"seconds": 0.5, "cpu_seconds": 0.5}
 
     fake_workers(benchmark, register)

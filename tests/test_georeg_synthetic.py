@@ -36,6 +36,7 @@ try:
     benchmark = importlib.import_module("benchmark_classical")
     records = importlib.import_module("benchmark_record")
     peers = importlib.import_module("peers")
+    tables = importlib.import_module("table_networks")
 finally:
     sys.path.remove(str(SCRIPTS))
 
@@ -310,6 +311,43 @@ def test_distance_from_the_truth_equals_a_plain_sum_over_points(shape, batch):
     assert least.item() == pytest.approx(0.01)
     least.backward()
     assert exact.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 8, 24)])
+def test_the_means_of_one_field_are_compared_with_those_of_the_truth(shape):
+    """Off by 3 voxels of the images along the first axis, and by a ripple that means do not see."""
+    field = torch.randn(2, len(shape), *shape, generator=generator())
+    checkers = sum(torch.meshgrid(*map(torch.arange, shape), indexing="ij")) % 2
+    found = field + (2.0 * checkers - 1)
+    found[:, 0] += 3
+    mask = torch.ones(2, 1, *shape, dtype=torch.bool)
+    output = fcn.Output(found, ())
+    total = networks.off_truth(output, field, mask, (0.0, 0.5, 2.0))
+    assert float(total) == pytest.approx(0.5 * 3 / 2 + 2 * 3 / 4, rel=1e-3)
+    whole = networks.off_truth(output, field, mask, (1.0,))
+    rest = len(shape) - 1  # axes along which it is off by the ripple alone
+    exact = (math.hypot(4, rest**0.5) + math.hypot(2, rest**0.5)) / 2
+    assert float(whole) == pytest.approx(exact, rel=1e-4)  # 1e-4 is added below the root
+    at_truth = networks.off_truth(fcn.Output(field, ()), field, mask, (1.0, 1.0))
+    assert float(at_truth) == pytest.approx(0.02, rel=1e-3)
+    # A field of its own at a resolution, in voxels of that, counts in the place of the means there.
+    own = networks.pyramid(field, 2)[1] / 2
+    levels = (fcn.Level(1, found), fcn.Level(2, own), fcn.Level(8, own))
+    total = networks.off_truth(fcn.Output(found, levels), field, mask, (0.0, 0.5, 2.0))
+    assert float(total) == pytest.approx(0.5 * 0.01 + 2 * 3 / 4, rel=1e-3)
+
+
+def test_the_unet_sees_0_at_the_ends_of_images_of_other_sizes():
+    pytest.importorskip("monai")
+    torch.manual_seed(0)
+    network = tables.UNet(integration=2).eval()
+    moving, fixed = torch.rand(2, 1, 1, 20, 16, 24, generator=generator())
+    with torch.no_grad():
+        found = network(moving, fixed).field
+        wide = network(*(torch.nn.functional.pad(x, (0, 8, 0, 0, 0, 12)) for x in (moving, fixed)))
+    assert found.shape == (1, 3, 20, 16, 24)
+    assert float(found.abs().max()) > 1e-3
+    assert torch.equal(found, wide.field[:, :, :20, :, :24])
 
 
 def test_a_network_is_told_the_truth_beside_comparing_images():

@@ -19,6 +19,7 @@ from reglib.data.nifti import read_field, write_field, write_image
 from reglib.geometry.fields import upsample_field
 from reglib.geometry.sampling import warp
 from reglib.methods import georeg
+from reglib.registration import register
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "data_scripts"
@@ -48,7 +49,7 @@ def load(part: str, dimensions: int = 2):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """A network of two levels that is trained for two steps."""
+    """Small networks of two levels, on small images."""
     for module in (script, networks):
         monkeypatch.setattr(module, "load", load)
     settings = {"channels": [2, 4], "neighbourhoods": [0, 3], "iterations": [0, 1]}
@@ -58,10 +59,13 @@ def small(monkeypatch, tmp_path):
         objective={"similarity": networks.lncc_of_five, "regularity_weight": [1.0, 0.5]},
         truth=[0.0, 1.0],
     )
-    monkeypatch.setattr(script, "NETWORKS", {"GeoReg": recipe})
-    own = script.Trainings(tmp_path / "new", tmp_path / "steps.json")
-    own.calibration.write_text(json.dumps({"steps": {"GeoReg": 2}}))
-    monkeypatch.setattr(script, "TRAININGS", own)
+    other = script.NETWORKS["FCN, composed"]
+    other = other._replace(settings={"channels": [4, 4], "decoder_channels": [4, 4]})
+    every = script.NETWORKS | {"GeoReg": recipe, "FCN, composed": other}
+    monkeypatch.setattr(script, "NETWORKS", every)
+    for name in ("TRAININGS", "OTHERS"):
+        own = script.Trainings(tmp_path / "new", tmp_path / f"{name}.json")
+        monkeypatch.setattr(script, name, own)
     monkeypatch.setattr(script, "WORK", tmp_path)
     monkeypatch.setattr(script, "WEIGHTS", tmp_path / "embedded.safetensors")
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results.json")
@@ -218,9 +222,9 @@ def test_the_table_holds_every_set_and_who_is_better_by_how_much(small, fake_wor
     every = script.configurations()
     few = script.cases("test")[::5]
 
-    def register(pair, name, settings):
+    def register(worker, name, settings):
         field = torch.full((1, 3, *SHAPE), 0.5 if "weights" in settings else 0.0)
-        write_field(pair.files["field"], field, script.AFFINE)
+        write_field(worker.files["field"], field, script.AFFINE)
         return {"seconds": 0.5, "cpu_seconds": 0.5}
 
     fake_workers(benchmark, register)
@@ -257,6 +261,63 @@ def test_the_table_holds_every_set_and_who_is_better_by_how_much(small, fake_wor
     gain = found["above"]["Brownian"]["GeoReg"][ants]
     assert gain["error"] == pytest.approx(mean[ants] - mean["GeoReg"], abs=1e-3)
     assert len(gain["interval"]) == 2
+
+
+OTHERS = sorted(script.NETWORKS.keys() - {"GeoReg"})
+
+
+def test_networks_that_came_later_have_steps_of_their_own(small, capsys):
+    """Measured where they are missing; all are trained on the same pairs, and told as much."""
+    pytest.importorskip("monai")
+    allowed = {"limit_seconds": 4500.0, "steps": {"GeoReg": 2}}
+    script.TRAININGS.calibration.write_text(json.dumps(allowed))
+    script.calibrate()
+    assert f"kept: {script.TRAININGS.calibration.name}" in capsys.readouterr().out
+    assert json.loads(script.TRAININGS.calibration.read_text()) == allowed
+    assert sorted(script.OTHERS.steps()) == OTHERS
+    assert script.steps_of("GeoReg") == 2
+    assert script.steps_of("VoxelMorph") == script.OTHERS.steps()["VoxelMorph"]
+    given = {name: recipe._replace(truth=None)[3:] for name, recipe in script.NETWORKS.items()}
+    assert all(own == given["GeoReg"] for own in given.values())
+
+
+def test_all_networks_are_told_as_much():
+    """GeoReg for every field of a level, the others once for each."""
+    recipe = script.NETWORKS["GeoReg"]
+    images = torch.rand(2, 1, 1, 16, 24, 16)
+    with torch.no_grad():
+        stages = recipe.network()(*images).stages
+    told = [
+        sum(recipe.truth[stage.level] for stage in stages if stage.level == n) for n in range(4)
+    ]
+    for name in OTHERS:
+        assert script.NETWORKS[name].truth == told
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_networks_are_trained_and_register_as_the_one_that_travels(name, small):
+    """Of images in the form that its card asks for; their records go into the table."""
+    if name == "VoxelMorph":
+        pytest.importorskip("monai")
+    with pytest.raises(SystemExit, match="not trained yet"):
+        script.test("tuning", [name], [])
+    record = script.train(name, 0, 2)
+    script.OTHERS.log.write_text(json.dumps([record]))
+    with pytest.raises(SystemExit, match="embed first"):
+        script.test("tuning", [name], [])
+    script.train("GeoReg", 0, 1)
+    script.embed()
+    assert record["tuning_error"][-1] > 0
+    assert record["training"]["truth"] == script.NETWORKS[name].truth
+    settings = json.loads(json.dumps(script.configurations()))[name]
+    assert settings["training"] == record["training"]
+    pair = script.load_pair(script.cases("tuning")[0], "tuning")
+    [network] = script.methods_of(settings)
+    assert network.contract == script.card()["input"]
+    found = register(pair.moving, pair.fixed, network).field
+    assert found.shape == (1, 3, *SHAPE)
+    assert found.isfinite().all()
+    assert 0 < float(found.abs().max()) < 1
 
 
 def test_no_table_of_unknown_names(small):

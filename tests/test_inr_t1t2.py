@@ -364,13 +364,13 @@ def run(tmp_path, fake_workers, pair):
         truth=None, inside=None, structures=["bright"], moving_labels=labels, fixed_labels=labels
     )
 
-    def register(of, name, settings):
+    def register(worker, name, settings):
         log.append(name)
         if len(log) == run.dies_at:
             raise SystemExit("no such package")
         if name == "peer":
             return {"error": "no good"}
-        write_field(of.files["field"], pair.truth / 2, PLACE.affine)
+        write_field(worker.files["field"], pair.truth / 2, PLACE.affine)
         return {"seconds": 0.5, "cpu_seconds": 0.5}
 
     fake_workers(benchmark, register)
