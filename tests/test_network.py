@@ -576,6 +576,29 @@ def test_the_field_of_view_follows_the_start():
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("d", [2, 3])
+@pytest.mark.parametrize(("off", "words"), [(0, None), (2, None), (6, "20%"), (16, "70%")])
+def test_the_report_says_how_much_of_the_fixed_image_was_not_seen(d, off, words):
+    """A thing 20 voxels wide in a view of 24, with the moving one in its middle.
+
+    Off by 6, 4 of its 20 planes lie beyond; voxels of 1 mm, seen as 2 mm. A dim margin is nothing.
+    """
+    shape, size = (60, 30, 26)[:d], [12, 14, 13][:d]
+    moving, fixed = (torch.full((2, 1, *shape), 0.001) for _ in range(2))
+    rest = (slice(8, 18),) * (d - 1)
+    # Of the first pair nothing is lost.
+    for images, place in ((moving, (20, 20)), (fixed, (20, 20 + off))):
+        for image, first in zip(images[:, 0], place, strict=True):
+            image[(slice(first, first + 20), *rest)] = 0.5
+    affine = torch.eye(d + 1, dtype=torch.float64)
+    contract = {"size": size, "spacing": [2.0] * d, "orientation": "RAS"[:d]}
+    method = Network(Recorder(), contract)
+    found = register(moving, fixed, method, moving_affine=affine, fixed_affine=affine)
+    notes = [note for note in found.settings["notes"] if "lies beyond that" in note]
+    sentence = f"{words} of what is bright in the fixed image lies beyond that"
+    assert notes == ([] if words is None else [sentence])
+
+
 def test_of_an_image_without_anything_bright_the_middle_is_seen():
     seen = Recorder()
     fixed = torch.arange(20.0).view(1, 1, 20, 1).expand(1, 1, 20, 10)

@@ -9,7 +9,7 @@ its keyword ``spacing``; ``size``, for a network that knows one field of view on
 ``spacing``): its voxels along those axes, laid around the middle of what is bright in the moving
 image, seen through the pair's own transform. Whatever a pair is, it is resampled to that, run
 through the network, and the field is carried back to the fixed grid; beyond a field of view of one
-``size`` it stays as it is at the edge.
+``size`` it stays as it is at the edge, and the report says how much of the fixed image lies there.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ _KNOWN = ("channels", "range", "quantile", "tells_spacing", *_PLACING)
 #: voxels that exceed it, does. It begins and ends with planes that have this share of the fullest
 #: one's bright voxels. So specks in a volume do not count, however bright.
 BRIGHT, BRIGHTEST, FULL = 0.1, 0.99, 0.01
+#: The report says so where the field of view leaves out this share of what is bright in the fixed
+#: image.
+NOTED = 0.02
 
 
 class Network:
@@ -107,12 +110,13 @@ class Network:
             multiple=self.contract.get("size_multiple", 1),
         )
         places: list[tuple[slice, Tensor, tuple[int, ...]]] = [(slice(None), affine, new_shape)]
+        lost = 0.0
         if "size" in self.contract:
             # Each pair by itself: heads lie at different places.
-            places = [
-                (slice(n, n + 1), *self._field_of_view(pair, n, affine))
-                for n in range(len(pair.fixed))
-            ]
+            views = [self._field_of_view(pair, n, affine) for n in range(len(pair.fixed))]
+            places = [(slice(n, n + 1), *view) for n, view in enumerate(views)]
+            images = zip(pair.fixed, views, strict=True)
+            lost = max(_beyond(image, pair.fixed_affine, *view) for image, view in images)
         found = torch.cat([self._found(pair, *place, weight) for place in places])
         total = compose(pair.field, found)
         return Iterate(
@@ -120,7 +124,7 @@ class Network:
             terms={},
             active=torch.zeros(len(found), dtype=torch.bool),
             transform=lambda: (pair.affine, total),
-            notes=self._notes(pair, *places[0][1:]),
+            notes=self._notes(pair, *places[0][1:], lost),
         )
 
     def _field_of_view(
@@ -243,8 +247,13 @@ class Network:
             largest = found.where(found > least, largest)
         return least, largest
 
-    def _notes(self, pair: Pair, affine: Tensor, new_shape: Sequence[int]) -> tuple[str, ...]:
-        """What was done to the images, for the report."""
+    def _notes(
+        self, pair: Pair, affine: Tensor, new_shape: Sequence[int], lost: float
+    ) -> tuple[str, ...]:
+        """What was done to the images, for the report.
+
+        ``lost`` is the share of what is bright in a fixed image that lies beyond its field of view.
+        """
         shape = tuple(pair.fixed.shape[2:])
         notes = []
         if "range" in self.contract:
@@ -258,6 +267,8 @@ class Network:
                 f"the network knows one field of view, {_size(new_shape)} ({kind}), laid "
                 "around what is bright in each moving image; beyond, the field is that at its edge"
             )
+            if lost >= NOTED:
+                notes.append(f"{lost:.0%} of what is bright in the fixed image lies beyond that")
         elif shape == tuple(new_shape) and torch.equal(affine, pair.fixed_affine):
             notes.append("fixed grid as the network takes it")
         else:
@@ -285,22 +296,34 @@ def _evaluating(network: Callable[..., Any]) -> Iterator[None]:
             part.training = True
 
 
-def _middle(image: Tensor) -> Tensor:
-    """Of what is bright in an image ``(*S)``: its voxel ``(D,)``, float64 on the CPU."""
+def _bright(image: Tensor) -> Tensor:
+    """Where an image is bright, bool; everywhere if it is the same everywhere."""
     least = image.min()
     above = image[image > least]
-    level = least
-    if len(above):
-        brightest = above.kthvalue(math.ceil(BRIGHTEST * len(above))).values
-        level = least + BRIGHT * (brightest - least)
-    bright = image >= level
-    found = []
+    if not len(above):
+        return torch.ones_like(image, dtype=torch.bool)
+    brightest = above.kthvalue(math.ceil(BRIGHTEST * len(above))).values
+    return image >= least + BRIGHT * (brightest - least)
+
+
+def _middle(image: Tensor) -> Tensor:
+    """Of what is bright in an image ``(*S)``: its voxel ``(D,)``, float64 on the CPU."""
+    bright, found = _bright(image), []
     for axis in range(image.ndim):
         others = [k for k in range(image.ndim) if k != axis]
         counts = bright.sum(others)
         planes = (counts >= FULL * counts.max()).nonzero()
         found.append(float(planes[0] + planes[-1]) / 2)
     return torch.tensor(found, dtype=torch.float64)
+
+
+def _beyond(image: Tensor, affine: Tensor, view: Tensor, size: Sequence[int]) -> float:
+    """Share of what is bright in an image ``(C, *S)`` that lies beyond a field of view."""
+    d = len(size)
+    matrix = torch.linalg.solve(view, affine)
+    voxels = _bright(image.amax(0)).nonzero().to(matrix) @ matrix[:d, :d].mT + matrix[:d, d]
+    inside = (voxels > -0.5) & (voxels < torch.tensor(size).to(matrix) - 0.5)
+    return 1 - float(inside.all(1).double().mean())
 
 
 def _size(shape: Sequence[int]) -> str:
