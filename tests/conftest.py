@@ -1,9 +1,12 @@
 """Settings of the whole suite, and what several of its files need."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+
+from reglib import synth
 
 # The tensors of the tests are small: handing them to several threads costs more than it saves,
 # and on a loaded machine a hundred times more.
@@ -39,3 +42,44 @@ def fake_workers(monkeypatch):
         monkeypatch.setattr(benchmark, "versions", lambda python: {})
 
     return install
+
+
+@pytest.fixture
+def uncached():
+    """Empties the caches of functions: when it is called, and when the test is over."""
+    emptied = []
+
+    def empty(*functions):
+        emptied.extend(functions)
+        for function in functions:
+            function.cache_clear()
+
+    yield empty
+    for function in emptied:
+        function.cache_clear()
+
+
+@pytest.fixture
+def train_on_shapes():
+    """Trains a network on random pairs of a shape: ``(network, objective, shape, *, steps, lr)``.
+
+    Adam; the learning rate rises for a tenth of the steps, and then falls. The objective is given
+    the output, both images and both label maps.
+    """
+
+    def train(network, objective, shape, *, steps, lr):
+        generator = torch.Generator().manual_seed(0)
+        optimiser = torch.optim.Adam(network.parameters())
+        network.train()
+        for step in range(steps):
+            spent = step / steps
+            for group in optimiser.param_groups:
+                group["lr"] = lr * min(1, 10 * spent + 0.05) * (1 + math.cos(math.pi * spent)) / 2
+            pair = synth.random_pair(shape, batch=4, cell=16, generator=generator)
+            terms = objective(network(pair.moving, pair.fixed), *pair[:4])
+            optimiser.zero_grad()
+            torch.stack(tuple(terms.values())).sum().backward()
+            optimiser.step()
+        network.eval()
+
+    return train

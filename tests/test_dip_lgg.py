@@ -129,7 +129,7 @@ def test_the_papers_network_sees_ten_pairs_and_two_of_them_with_the_noise_kept()
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
+def data(tmp_path, monkeypatch, uncached):
     """Files as they are in the data: of two patients; their colours and tumours."""
     folder = tmp_path / "lgg"
     (folder / "png").mkdir(parents=True)
@@ -150,11 +150,8 @@ def data(tmp_path, monkeypatch):
         PIL.Image.fromarray(tumour.numpy()).save(folder / f"png/{n}_mask.png")
         found.append((colours, tumour))
     monkeypatch.setattr(script, "fetch", lambda name: tmp_path / name)
-    for cached in (script.index, script.placed):
-        cached.cache_clear()
-    yield patients, found
-    for cached in (script.index, script.placed):
-        cached.cache_clear()
+    uncached(script.index, script.placed)
+    return patients, found
 
 
 def test_slices_become_t1_flair_and_masks(data):

@@ -34,7 +34,7 @@ SHAPE = (16, 24, 16)
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch):
+def work(tmp_path, monkeypatch, uncached):
     """An empty folder for what the script writes, and nothing that was read before."""
     files = {"PACKED": "boxes.npz", "WEIGHTS": "embedded.safetensors", "WORK": "."}
     for name, file in files.items():
@@ -42,12 +42,8 @@ def work(tmp_path, monkeypatch):
     own = networks.Trainings(tmp_path, tmp_path / "steps.json")
     monkeypatch.setattr(networks, "TRAININGS", own)
     monkeypatch.setattr(script, "WORK", tmp_path)
-    functions = (networks.load, script.trained)
-    for function in functions:
-        function.cache_clear()
-    yield tmp_path
-    for function in functions:
-        function.cache_clear()
+    uncached(networks.load, script.trained)
+    return tmp_path
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def ball(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
+def small(monkeypatch, tmp_path, uncached):
     """Balls in place of brains, and networks that learn nothing worth having in no time."""
     asked = []
 
@@ -65,9 +65,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "TRAININGS", own)
     monkeypatch.setattr(script, "WORK", tmp_path)
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results.json")
-    script.trained.cache_clear()
-    yield asked
-    script.trained.cache_clear()
+    uncached(script.trained)
+    return asked
 
 
 def deformed(count: int = 1, shape: tuple[int, ...] = SHAPE, seed: int = 0):

@@ -102,7 +102,7 @@ def test_a_remapped_t1_is_dark_where_there_was_nothing_and_brightest_where_there
 
 
 @pytest.fixture
-def members(monkeypatch, tmp_path):
+def members(monkeypatch, tmp_path, uncached):
     """Heads told apart by their brightness in place of the brains: 4 to train, 6 and 6."""
     places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in SHAPE), indexing="ij"), -1)
     x = (places - torch.tensor([(n - 1) / 2 for n in SHAPE])) / torch.tensor(SHAPE)
@@ -121,9 +121,8 @@ def members(monkeypatch, tmp_path):
     own = networks.Trainings(tmp_path, tmp_path / "steps.json", 450.0)
     monkeypatch.setattr(networks, "TRAININGS", own)
     monkeypatch.setattr(script, "WORK", tmp_path)
-    script.trained.cache_clear()
-    yield load
-    script.trained.cache_clear()
+    uncached(script.trained)
+    return load
 
 
 def test_training_pairs_are_of_two_subjects_in_one_plane_and_half_are_remapped(members):

@@ -64,17 +64,13 @@ def ellipses(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch):
+def work(tmp_path, monkeypatch, uncached):
     """An empty folder for what the scripts write, and nothing that was read before."""
     own = networks.Trainings(tmp_path, tmp_path / "steps.json")
     monkeypatch.setattr(networks, "TRAININGS", own)
     monkeypatch.setattr(script, "WORK", tmp_path)
-    functions = (networks.load, script.trained)
-    for function in functions:
-        function.cache_clear()
-    yield tmp_path
-    for function in functions:
-        function.cache_clear()
+    uncached(networks.load, script.trained)
+    return tmp_path
 
 
 @pytest.fixture

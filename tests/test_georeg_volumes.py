@@ -48,7 +48,7 @@ def load(part: str, dimensions: int = 2):
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
+def small(monkeypatch, tmp_path, uncached):
     """Small networks of two levels, on small images."""
     for module in (script, networks):
         monkeypatch.setattr(module, "load", load)
@@ -69,9 +69,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "WORK", tmp_path)
     monkeypatch.setattr(script, "WEIGHTS", tmp_path / "embedded.safetensors")
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results.json")
-    script.trained.cache_clear()
-    yield
-    script.trained.cache_clear()
+    uncached(script.trained)
 
 
 def test_every_subject_is_deformed_once_and_moves_once(small):

@@ -167,7 +167,7 @@ def test_deformations_are_long_smooth_and_their_own(pair) -> None:
         )
 
 
-def test_pairs_are_read_from_files_of_the_real_layout(tmp_path, monkeypatch) -> None:
+def test_pairs_are_read_from_files_of_the_real_layout(tmp_path, monkeypatch, uncached) -> None:
     """Both kinds; labels of the template and of a brain come to the same numbers and places."""
     monkeypatch.setattr(script, "fetch", lambda name: tmp_path / name)
     table = script.structures()
@@ -197,28 +197,23 @@ def test_pairs_are_read_from_files_of_the_real_layout(tmp_path, monkeypatch) -> 
     for name, image in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_image(tmp_path / name, image)
-    script.grid.cache_clear()
-    script.template.cache_clear()
-    try:
-        atlas = script.load(script.Case("atlas", brain, script.TEMPLATE, 0))
-        assert atlas.structures == list(table)
-        assert torch.equal(atlas.moving_labels, atlas.fixed_labels)
-        still = torch.zeros(1, 3, *shape)
-        assert script.volumes.measure(atlas, still)["mean_dice"] == 1
-        shifted = still.clone()
-        shifted[:, 1] = 1
-        assert script.volumes.measure(atlas, shifted)["mean_dice"] == 0
-        every = [
-            script.load(next(c for c in script.cases(split) if c.set == "deformed"))
-            for split in ("test", "tuning")
-        ]
-        for case in every:
-            assert case.fixed.tensor.shape[2:] == case.truth.shape[2:] == shape
-            assert case.inside.any()
-        assert not torch.equal(every[0].truth, every[1].truth)
-    finally:
-        script.grid.cache_clear()
-        script.template.cache_clear()
+    uncached(script.grid, script.template)
+    atlas = script.load(script.Case("atlas", brain, script.TEMPLATE, 0))
+    assert atlas.structures == list(table)
+    assert torch.equal(atlas.moving_labels, atlas.fixed_labels)
+    still = torch.zeros(1, 3, *shape)
+    assert script.volumes.measure(atlas, still)["mean_dice"] == 1
+    shifted = still.clone()
+    shifted[:, 1] = 1
+    assert script.volumes.measure(atlas, shifted)["mean_dice"] == 0
+    every = [
+        script.load(next(c for c in script.cases(split) if c.set == "deformed"))
+        for split in ("test", "tuning")
+    ]
+    for case in every:
+        assert case.fixed.tensor.shape[2:] == case.truth.shape[2:] == shape
+        assert case.inside.any()
+    assert not torch.equal(every[0].truth, every[1].truth)
 
 
 # --- Measuring ------------------------------------------------------------------------------

@@ -398,24 +398,6 @@ def test_bad_labels_are_refused(labels, error, name) -> None:
 # --- Training and transfer ----------------------------------------------------------------------
 
 
-def train(network: nn.Module, objective, *, steps: int, lr: float) -> None:
-    """Adam on random pairs; the learning rate rises for a tenth of the steps, and then falls."""
-    generator = torch.Generator().manual_seed(0)
-    optimiser = torch.optim.Adam(network.parameters())
-    network.train()
-    for step in range(steps):
-        spent = step / steps
-        for group in optimiser.param_groups:
-            group["lr"] = lr * min(1, 10 * spent + 0.05) * (1 + math.cos(math.pi * spent)) / 2
-        pair = synth.random_pair((32, 48), batch=4, cell=16, generator=generator)
-        output = network(pair.moving, pair.fixed)
-        terms = objective(output, *pair[:4])
-        optimiser.zero_grad()
-        torch.stack(tuple(terms.values())).sum().backward()
-        optimiser.step()
-    network.eval()
-
-
 def overlaps(network: nn.Module) -> tuple[float, float, float, Output]:
     """Dice on unseen pairs: without registration, with it, with the field of another pair."""
     generator = torch.Generator().manual_seed(1)
@@ -440,7 +422,9 @@ def overlaps(network: nn.Module) -> tuple[float, float, float, Output]:
     ],
     ids=["images", "labels", "georeg", "fcn"],
 )
-def test_pretraining_teaches_it_to_register_unseen_pairs(kind, objective, steps, lr) -> None:
+def test_pretraining_teaches_it_to_register_unseen_pairs(
+    kind, objective, steps, lr, train_on_shapes
+) -> None:
     torch.manual_seed(0)
     if kind == "georeg":
         other = GeoReg(channels=(8, 8), neighbourhoods=(3, 3), iterations=(1, 1))
@@ -450,7 +434,7 @@ def test_pretraining_teaches_it_to_register_unseen_pairs(kind, objective, steps,
         network = PretrainingNetwork(pretraining.fcn_encoder(third), features=8)
     else:
         network = PretrainingNetwork(transmorph.Encoder(dataclasses.replace(SMALL, channels=16)))
-    train(network, objective, steps=steps, lr=lr)
+    train_on_shapes(network, objective, (32, 48), steps=steps, lr=lr)
     identity, found, foreign, _ = overlaps(network)
     # 0.61 before; 0.67 to 0.69 afterwards. Control: the field of another pair only harms.
     assert found > identity + 0.03

@@ -197,7 +197,7 @@ def test_whoever_trains_again_has_another_configuration(tmp_path):
 
 
 @pytest.fixture
-def worlds(monkeypatch):
+def worlds(monkeypatch, uncached):
     """Blobs instead of brains: an atlas and three subjects for every set and split."""
 
     def made(seed: int, names: list[str]):
@@ -213,9 +213,8 @@ def worlds(monkeypatch):
     monkeypatch.setattr(script, "load_malf", lambda: parts["malf"])
     monkeypatch.setattr(script.pretraining, "brains", parts.__getitem__)
     monkeypatch.setattr(script.pretraining, "atlas_index", lambda: 1)
-    script.members.cache_clear()
-    yield parts
-    script.members.cache_clear()
+    uncached(script.members)
+    return parts
 
 
 def test_the_atlas_is_moving_to_every_subject_of_a_set(worlds):

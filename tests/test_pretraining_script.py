@@ -43,12 +43,11 @@ def worlds():
 
 
 @pytest.fixture
-def heads(worlds, monkeypatch):
+def heads(worlds, monkeypatch, uncached):
     """The script reads those instead of brains."""
     monkeypatch.setattr(script, "brains", worlds.__getitem__)
-    script.atlas_index.cache_clear()
-    yield worlds
-    script.atlas_index.cache_clear()
+    uncached(script.atlas_index)
+    return worlds
 
 
 @pytest.fixture

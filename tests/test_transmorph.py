@@ -473,28 +473,15 @@ def test_objective_is_similarity_and_regularity_of_the_field() -> None:
     assert transmorph.objective(output, moving, fixed)["regularity"] == 2 * terms["regularity"]
 
 
-def train(network: nn.Module, objective, *, steps: int, lr: float) -> None:
-    """Adam on random pairs; the learning rate rises for a tenth of the steps, and then falls."""
-    generator = torch.Generator().manual_seed(0)
-    optimiser = torch.optim.Adam(network.parameters())
-    network.train()
-    for step in range(steps):
-        spent = step / steps
-        for group in optimiser.param_groups:
-            group["lr"] = lr * min(1, 10 * spent + 0.05) * (1 + math.cos(math.pi * spent)) / 2
-        pair = synth.random_pair((48, 64), batch=4, cell=16, generator=generator)
-        terms = objective(network(pair.moving, pair.fixed), pair.moving, pair.fixed)
-        optimiser.zero_grad()
-        torch.stack(tuple(terms.values())).sum().backward()
-        optimiser.step()
-    network.eval()
-
-
-def test_training_on_random_pairs_teaches_it_to_register_unseen_ones() -> None:
+def test_training_on_random_pairs_teaches_it_to_register_unseen_ones(train_on_shapes) -> None:
     torch.manual_seed(0)
     settings = dataclasses.replace(SMALL, window=(6, 8), patch=2, channels=16, depths=(1, 1))
     network = TransMorph(dataclasses.replace(settings, features=16, time_steps=1, norm="instance"))
-    train(network, transmorph.objective, steps=80, lr=5e-3)
+
+    def objective(output, moving, fixed, *_labels):
+        return transmorph.objective(output, moving, fixed)
+
+    train_on_shapes(network, objective, (48, 64), steps=80, lr=5e-3)
     generator = torch.Generator().manual_seed(1)
     unseen = synth.random_pair((48, 64), batch=32, cell=16, generator=generator)
     with torch.no_grad():
