@@ -488,15 +488,17 @@ def stream(recipe: Recipe, seed: int, device: str) -> DeformedPairs:
 
 def calibrate(recipes: Mapping[str, Recipe] | None = None, own: Trainings | None = None) -> None:
     """Measure a step of every network and write how many the time allows; ``None``: the table's."""
+    device = trainings.device_at_hand()
 
     def step_of(recipe: Recipe) -> Callable[[], object]:
-        network, loss = recipe.network(), recipe.loss()
-        pairs = stream(recipe, 0, "cpu")
+        network, loss = recipe.network().to(device), recipe.loss()
+        pairs = stream(recipe, 0, device)
         return lambda: fit(network, pairs, loss, steps=1, lr=recipe.lr, progress=False)
 
     each = NETWORKS if recipes is None else recipes
     each = {name: recipe for name, recipe in each.items() if recipe.longer is None}
-    (own or TRAININGS).calibrate({name: step_of(recipe) for name, recipe in each.items()})
+    steps = {name: step_of(recipe) for name, recipe in each.items()}
+    (own or TRAININGS).calibrate(steps, device)
 
 
 def steps_of(name: str) -> int:

@@ -11,7 +11,9 @@ For development there are
     python data_scripts/georeg_volumes.py test --split tuning
 
 of which the latter takes other subjects and writes nothing into results/. Leave the machine alone
-during calibrate and test: seconds count.
+during calibrate and test: seconds count. What ``make gpu`` trained comes in with
+
+    python data_scripts/georeg_volumes.py add gpu_out/FOLDER
 
 The network sees brains of IXI at 4 mm, 40 x 48 x 40. It is trained as "GeoReg, varied" of
 georeg_synthetic.py is on slices: on brains that are turned, magnified, shifted and deformed at
@@ -52,7 +54,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import georeg_synthetic_networks as networks
+import georeg_synthetic_networks as synthetic
+import georeg_volumes_networks as networks
 import peers
 import torch
 import volumes
@@ -63,11 +66,12 @@ from fcn_networks import places
 from georeg_subjects import T1, Loaded, measure, summarise
 from georeg_synthetic import PIXELS
 from georeg_synthetic import PROTOCOL as SYNTHETIC
-from georeg_synthetic_networks import CELLS, Cell, Recipe, lncc_of_five, load, pair_of
+from georeg_synthetic_networks import CELLS, Cell, load, pair_of
+from georeg_volumes_networks import POOLED
 from inr_zurich import settings_of
 from provenance import ROOT
 from table_networks import trained
-from trainings import Trainings, configuration, table_parser, tasks
+from trainings import configuration, table_parser
 
 from reglib.data.nifti import Image
 from reglib.geometry.sampling import warp_labels
@@ -76,70 +80,22 @@ from reglib.methods.classical import Affine, Velocity
 from reglib.methods.network import Network
 from reglib.weights import load_weights
 
-WORK = ROOT / "build" / "georeg_volumes"
+WORK = networks.WORK
 RESULTS = ROOT / "results" / "georeg_volumes.json"
-TRAININGS = Trainings(WORK, ROOT / "data_scripts" / "georeg_volumes_steps.json", 4500.0, threads=2)
-#: Of the other networks, which were measured later.
-OTHERS = Trainings(WORK, TRAININGS.calibration.with_stem("georeg_volumes_others_steps"), 4500.0, 2)
 NAME = "brain_volumes"
 WEIGHTS = ROOT / "reglib" / "methods" / georeg.WEIGHTS.format(NAME)
 
 #: mm per voxel of the volumes; axes go to the right, the front and up.
 VOXEL = 2.0
 AFFINE = torch.diag(torch.tensor([VOXEL, VOXEL, VOXEL, 1.0], dtype=torch.float64))
-#: So many of them along each axis are one for the network.
-POOLED = 2
 
-
-def _recipe(
-    kind: str, settings: dict[str, Any], objective: dict[str, Any], truth: list[float]
-) -> Recipe:
-    """Pairs, learning rate and seed are the same for all."""
-    return Recipe(
-        kind,
-        settings,
-        objective,
-        1e-3,
-        2,
-        (0,),
-        others=True,
-        dimensions=3,
-        pooled=POOLED,
-        watched=1,
-        truth=truth,
-    )
-
-
-NETWORKS: dict[str, Recipe] = {
-    # Levels of 40 x 48 x 40 to 5 x 6 x 5 nodes. The finest only interpolates.
-    "GeoReg": _recipe(
-        "georeg",
-        {
-            "channels": [8, 16, 32, 56],
-            "neighbourhoods": [0, 3, 3, 3],
-            "iterations": [0, 1, 2, 1],
-            "interpolation": [0, 2, 2],
-            "bottleneck": True,
-            "normalise": True,
-            "matching": 2.0,
-        },
-        {
-            "similarity": lncc_of_five,
-            "regularity_weight": [1.0, 0.5, 0.2, 0.1],
-            "level_weight": [4.0, 1.0, 1.0, 1.0],
-        },
-        [0.0, 0.0, 1.0, 1.0],
-    ),
-    "VoxelMorph": _recipe("voxelmorph", {"integration": 7}, networks.LOCAL, [0.0, 0.0, 3.0, 1.0]),
-    "FCN, composed": _recipe("composed fcn", {}, networks.LOCAL, [0.0, 0.0, 3.0, 1.0]),
-}
 
 PROTOCOL: dict[str, Any] = {
     "pairs": "every subject deformed, those of a family at its three strengths alike; and everyone "
     "onto the next in groups of 3, all aligned affinely to MNI152 as the data are.",
-    "amounts": networks.AMOUNTS,
+    "amounts": synthetic.AMOUNTS,
     "families": SYNTHETIC["families"],
-    "noise": networks.NOISE,
+    "noise": synthetic.NOISE,
     "error": SYNTHETIC["endpoint_error"],
     "mean_dice": f"of structures that have {PIXELS} voxels or more in both images; labels warped "
     "nearest; a pair that failed or took too long counts as unregistered.",
@@ -147,8 +103,8 @@ PROTOCOL: dict[str, Any] = {
     "counts with the diagonal of the image.",
     "folding": "share of voxels with a determinant of at most 0; folding_inside without two at "
     "each side; ndv: volume that is turned over, as a share.",
-    "tuning_error": "of training: the same error in voxels of 4 mm, mean over one tuning pair of "
-    f"each cell, every {networks.VALIDATE_EVERY} steps.",
+    "tuning_error": "of training: the same error in voxels that the network sees, mean over one "
+    f"tuning pair of each cell, every {synthetic.VALIDATE_EVERY} steps.",
     "seconds": "wall clock of the call that registers, imports warm, no files read.",
     "interval": "95 %, percentile bootstrap over subjects, or over groups of three.",
     "above": "by how much ours is better than each of the rest: Dice, or voxels of error where the "
@@ -158,40 +114,7 @@ PROTOCOL: dict[str, Any] = {
 }
 
 
-# --- The network ------------------------------------------------------------------------------
-
-
-def train(name: str, seed: int, steps: int, *, path: Path | None = None) -> dict[str, Any]:
-    """Train a network and write its weights; goes on from its checkpoint."""
-    path = path or TRAININGS.weights(name, seed)
-    threads = TRAININGS.threads
-    return networks.train_recipe(name, NETWORKS[name], seed, steps, path, threads)
-
-
-def trainings_of(name: str) -> Trainings:
-    """The trainings whose steps were measured together with a network's."""
-    return TRAININGS if name == "GeoReg" else OTHERS
-
-
-def steps_of(name: str) -> int:
-    """Of a network's training."""
-    return trainings_of(name).steps()[name]
-
-
-def calibrate() -> None:
-    """Measure the steps of what was not measured yet."""
-    for own in (TRAININGS, OTHERS):
-        if own.calibration.is_file():
-            print(f"kept: {own.calibration.name}; delete it to measure again")
-        else:
-            recipes = {n: recipe for n, recipe in NETWORKS.items() if trainings_of(n) is own}
-            networks.calibrate(recipes, own)
-
-
-def train_all(names: Sequence[str]) -> None:
-    """Train what is missing."""
-    seeds = {name: NETWORKS[name].seeds for name in names}
-    TRAININGS.train_missing(train, tasks(seeds, steps_of), "tuning_error")
+# --- The networks -----------------------------------------------------------------------------
 
 
 def embed() -> None:
@@ -199,8 +122,8 @@ def embed() -> None:
     script = "data_scripts/georeg_volumes.py embed"
     # Its bottleneck goes by where in the image things are.
     size = [n // POOLED for n in load("tuning", 3).images.shape[2:]]
-    path = TRAININGS.weights("GeoReg", 0)
-    networks.embed_as(WEIGHTS, path, "RAS", POOLED * VOXEL, script, size=size)
+    path = networks.TRAININGS.weights("GeoReg", 0)
+    synthetic.embed_as(WEIGHTS, path, "RAS", POOLED * VOXEL, script, size=size)
 
 
 # --- Configurations ---------------------------------------------------------------------------
@@ -215,15 +138,16 @@ PEERS = ("ANTsPy SyN MI, default", "SimpleITK affine + demons")
 
 
 def configurations() -> dict[str, dict[str, Any]]:
-    """Peers, the classical way, the network that travels, and the others."""
+    """Peers, the classical way, the network that travels, the others, and those of 2 mm if any."""
     found = {name: peers.CONFIGURATIONS[name] for name in PEERS}
     weights = configuration(WEIGHTS, training=card().get("training"))
     for name, methods in METHODS.items():
         own = settings_of(methods)
         found[name] = own | weights if name.startswith("GeoReg") else own
-    for name in NETWORKS:
+    finer = {run["network"] for run in networks.TRAININGS.records()} & networks.FINE.keys()
+    for name in (*networks.NETWORKS, *sorted(finer)):
         if name != "GeoReg":
-            found[name] = settings_of([]) | OTHERS.configuration(name, 0)
+            found[name] = settings_of([]) | networks.TRAININGS.configuration(name, 0)
     return found
 
 
@@ -242,8 +166,11 @@ def methods_of(settings: dict[str, Any]) -> list[Any]:
     own = {key: value for key, value in settings.items() if key in settings_of([])}
     methods = next(methods for methods in METHODS.values() if settings_of(methods) == own)
     if "weights" in settings:
-        # All see images in the form that the one that travels has in its card.
-        return [Network(trained(str(ROOT / settings["weights"])), card()["input"]), *methods]
+        # All see what the one that travels has in its card, in voxels of their own.
+        pooled = settings["training"].get("pooled", 1)
+        size = [n * POOLED // pooled for n in card()["input"]["size"]]
+        seen = card()["input"] | {"spacing": [VOXEL * pooled] * 3, "size": size}
+        return [Network(trained(str(ROOT / settings["weights"])), seen), *methods]
     return methods
 
 
@@ -286,7 +213,8 @@ def test(part: str, only: Sequence[str] | None, again: Sequence[str]) -> None:
     wanted = chosen(part, every, only, again)
     if not WEIGHTS.exists():
         raise SystemExit("run the command embed first: all see images as the card says")
-    trainings = [card(), *(run for run in OTHERS.records() if run["network"] != "GeoReg")]
+    others = (run for run in networks.TRAININGS.records() if run["network"] != "GeoReg")
+    trainings = [card(), *others]
     record = Record(WORK / f"{part}.json", part, RESULTS if final else None)
     record.forget(again)
     register_all(
@@ -310,24 +238,27 @@ def test(part: str, only: Sequence[str] | None, again: Sequence[str]) -> None:
 
 def main() -> None:
     """Parse the command line."""
-    parser, commands, judge = table_parser(__doc__, NETWORKS, "tuning")
+    parser, commands, judge = table_parser(__doc__, networks.NETWORKS, "tuning")
     commands.add_parser("embed")
+    commands.add_parser("add").add_argument("folder", type=Path)
     judge.add_argument("--again", nargs="+", default=[], metavar="NAME", help="measure anew")
     options = parser.parse_args()
     if options.serve:
         peers.serve({"reglib": functools.partial(run_reglib, methods_of=methods_of)})
         return
     if options.command == "calibrate":
-        calibrate()
+        networks.calibrate()
     elif options.command == "train":
-        known_or_stop(options.names, NETWORKS, "network")
-        train_all(options.names or list(NETWORKS))
+        known_or_stop(options.names, networks.NETWORKS, "network")
+        networks.train_all(options.names or list(networks.NETWORKS))
+    elif options.command == "add":
+        networks.TRAININGS.bring_home(options.folder)
     elif options.command == "embed":
         embed()
     elif options.command == "test":
         test(options.split, options.only, options.again)
     else:
-        parser.error("wanted a command: train, embed, test or calibrate")
+        parser.error("wanted a command: train, embed, test, calibrate or add")
 
 
 if __name__ == "__main__":

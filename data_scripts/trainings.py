@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -17,7 +18,6 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from provenance import ROOT, provenance, write_json
 from torch import Tensor, nn
 
+from reglib.data.files import write_bytes
 from reglib.training import fit
 
 #: Trains a network, given its name, seed and steps and, by keyword, ``path`` and what else a job
@@ -67,13 +68,18 @@ def named(objective: Mapping[str, Any]) -> dict[str, Any]:
     return {key: getattr(value, "__name__", value) for key, value in objective.items()}
 
 
+def device_at_hand() -> str:
+    """A GPU, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def begin(seed: int, threads: int = 1) -> str:
     """Seed the first weights and say where to train: on a GPU, else on so many threads."""
     torch.manual_seed(seed)
-    if torch.cuda.is_available():
-        return "cuda"
-    torch.set_num_threads(threads)
-    return "cpu"
+    device = device_at_hand()
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    return device
 
 
 def learn(
@@ -148,7 +154,7 @@ def tasks(
     return [(n, seed, steps_of(n)) for seed in every for n, own in seeds.items() if seed in own]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Trainings:
     """The trained networks of a table, each with several seeds.
 
@@ -185,14 +191,14 @@ class Trainings:
         known = {(run["network"], run["seed"]): run["training"] for run in self.records()}
         return configuration(self.weights(name, seed), training=known.get((name, seed)))
 
-    def calibrate(self, steps: Mapping[str, Callable[[], object]]) -> None:
+    def calibrate(self, steps: Mapping[str, Callable[[], object]], device: str = "cpu") -> None:
         """Measure a step of every network, all in turn, and write how many ``seconds`` allow."""
         torch.set_num_threads(self.threads)
         start, before = time.perf_counter(), timing.load()
-        found = timing.in_turn(steps, repeats=5)
+        found = timing.in_turn(steps, repeats=5, device=device)
         # Two digits.
         allowed = {name: int(float(f"{self.seconds / one:.2g}")) for name, one in found.items()}
-        run = timing.run_of("cpu", start, before, step_seconds=found)
+        run = timing.run_of(device, start, before, step_seconds=found)
         content = {"limit_seconds": self.seconds, "steps": allowed, "measured": run}
         write_json(self.calibration, content)
         print(json.dumps(allowed, indent=1))
@@ -230,13 +236,46 @@ class Trainings:
                 words = record["network"], record["seed"], record["seconds"], record[quality][-1]
                 print(f"{number}/{len(missing)}", *words, flush=True)
 
-    def do_job(self, train: Train, about: str | None) -> None:
+    def bring_home(self, folder: Path) -> None:
+        """Take over the weights and the records that a job of the GPU queue left in its folder."""
+        found = sorted(folder.glob("*.safetensors"))
+        if not found:
+            raise SystemExit(f"{folder}: no weights are there")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for weights in found:
+            record = json.loads(weights.with_suffix(".json").read_text())
+            own = record["network"], record["seed"]
+            write_bytes(self.weights(*own), weights.read_bytes())
+            others = (run for run in self.records() if (run["network"], run["seed"]) != own)
+            write_json(self.log, [*others, record])
+
+    def do_job(
+        self,
+        train: Train,
+        about: str | None,
+        calibrate: Callable[[str, Trainings], None] | None = None,
+    ) -> None:
         """Do a job of the GPU queue, which names network, seed and steps, and what else there is.
 
         Weights and record go into its folder.
+
+        Args:
+            train: trains the network.
+            about: the script's own words.
+            calibrate: measures the steps of a network, by name, for trainings; for jobs that name
+                ``seconds`` in place of steps.
         """
         job, folder = job_of_queue(about)
-        name, seed, steps = (job.pop(part) for part in ("network", "seed", "steps"))
+        name, seed = job.pop("network"), job.pop("seed")
+        if calibrate is None:
+            steps = job.pop("steps")
+        else:
+            here = dataclasses.replace(
+                self, folder=folder, calibration=folder / "steps.json", seconds=job.pop("seconds")
+            )
+            if not here.calibration.is_file():
+                calibrate(name, here)
+            steps = here.steps()[name]
         path = folder / self.weights(name, seed).name
         record = train(name, seed, steps, **job, path=path)
         path.with_suffix(".checkpoint").unlink(missing_ok=True)

@@ -6,6 +6,7 @@ Processes and records are tested with the benchmark, the summary with the tables
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -26,7 +27,8 @@ SCRIPTS = ROOT / "data_scripts"
 sys.path.insert(0, str(SCRIPTS))
 try:
     script = importlib.import_module("georeg_volumes")
-    networks = importlib.import_module("georeg_synthetic_networks")
+    networks = importlib.import_module("georeg_volumes_networks")
+    synthetic = importlib.import_module("georeg_synthetic_networks")
     benchmark = importlib.import_module("benchmark_classical")
 finally:
     sys.path.remove(str(SCRIPTS))
@@ -44,28 +46,28 @@ def load(part: str, dimensions: int = 2):
     ball = (1 - (x.norm(dim=-1) / 0.4) ** 2).clamp(0, 1)[None, None]
     shades = 1 - torch.arange(len(names)).view(-1, 1, 1, 1, 1) / 60
     labels = (ball > 0).byte() * (1 + (x[..., 0] > 0).byte())
-    return networks.Brains(names, ball * shades, labels.expand(len(names), 1, *SHAPE))
+    return synthetic.Brains(names, ball * shades, labels.expand(len(names), 1, *SHAPE))
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path, uncached):
     """Small networks of two levels, on small images."""
-    for module in (script, networks):
+    for module in (script, synthetic):
         monkeypatch.setattr(module, "load", load)
     settings = {"channels": [2, 4], "neighbourhoods": [0, 3], "iterations": [0, 1]}
-    recipe = script.NETWORKS["GeoReg"]
+    recipe = networks.NETWORKS["GeoReg"]
     recipe = recipe._replace(
         settings=recipe.settings | settings | {"interpolation": [2]},
-        objective={"similarity": networks.lncc_of_five, "regularity_weight": [1.0, 0.5]},
+        objective={"similarity": synthetic.lncc_of_five, "regularity_weight": [1.0, 0.5]},
         truth=[0.0, 1.0],
     )
-    other = script.NETWORKS["FCN, composed"]
+    other = networks.NETWORKS["FCN, composed"]
     other = other._replace(settings={"channels": [4, 4], "decoder_channels": [4, 4]})
-    every = script.NETWORKS | {"GeoReg": recipe, "FCN, composed": other}
-    monkeypatch.setattr(script, "NETWORKS", every)
+    every = networks.NETWORKS | {"GeoReg": recipe, "FCN, composed": other}
+    monkeypatch.setattr(networks, "NETWORKS", every)
     for name in ("TRAININGS", "OTHERS"):
-        own = script.Trainings(tmp_path / "new", tmp_path / f"{name}.json")
-        monkeypatch.setattr(script, name, own)
+        own = networks.Trainings(tmp_path / "new", tmp_path / f"{name}.json")
+        monkeypatch.setattr(networks, name, own)
     monkeypatch.setattr(script, "WORK", tmp_path)
     monkeypatch.setattr(script, "WEIGHTS", tmp_path / "embedded.safetensors")
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results.json")
@@ -75,10 +77,10 @@ def small(monkeypatch, tmp_path, uncached):
 def test_every_subject_is_deformed_once_and_moves_once(small):
     found = script.cases("test")
     deformed = [case for case in found if case.set != script.T1]
-    for family in networks.FAMILIES:
+    for family in synthetic.FAMILIES:
         assert sum(case.set == family for case in deformed) == 6
     cells = [script.cell_of(case.cluster, len(NAMES)) for case in deformed]
-    assert Counter(cells) == dict.fromkeys(networks.CELLS, 2)
+    assert Counter(cells) == dict.fromkeys(synthetic.CELLS, 2)
     assert [cell.family for cell in cells] == [case.set for case in deformed]
     assert [case.moving for case in deformed] == [case.fixed for case in deformed] == NAMES
     onto_others = found[len(deformed) :]
@@ -94,9 +96,9 @@ def test_every_subject_is_deformed_once_and_moves_once(small):
 def test_few_subjects_meet_every_family_they_can(count):
     families = Counter(script.cell_of(n, count).family for n in range(count))
     assert max(families.values()) - min(families.values()) <= 1
-    assert len(families) == min(count, len(networks.FAMILIES))
+    assert len(families) == min(count, len(synthetic.FAMILIES))
     strengths = {script.cell_of(n, count).strength for n in range(count)}
-    assert {min(networks.STRENGTHS), max(networks.STRENGTHS)} <= strengths
+    assert {min(synthetic.STRENGTHS), max(synthetic.STRENGTHS)} <= strengths
 
 
 def test_the_truth_carries_image_and_labels(small):
@@ -104,11 +106,11 @@ def test_the_truth_carries_image_and_labels(small):
     pair = script.load_pair(case, "test")
     again = warp(pair.moving.tensor, pair.truth.field, padding="zeros")
     # Noise has a standard deviation of 0.02.
-    assert float((pair.fixed.tensor - again).abs().max()) < 6 * networks.NOISE
+    assert float((pair.fixed.tensor - again).abs().max()) < 6 * synthetic.NOISE
     cell = script.cell_of(case.cluster, len(NAMES))
-    own = networks.pair_of("test", case.cluster, cell, 3)
+    own = synthetic.pair_of("test", case.cluster, cell, 3)
     assert torch.equal(pair.truth.field, own.field)
-    assert not torch.equal(own.field, networks.pair_of("test", case.cluster + 1, cell, 3).field)
+    assert not torch.equal(own.field, synthetic.pair_of("test", case.cluster + 1, cell, 3).field)
     # Labels lie where the images are bright, but for noise and the rounding of borders.
     for image, labels in ((pair.moving, pair.moving_labels), (pair.fixed, pair.fixed_labels)):
         bright = image.tensor > 0.1
@@ -137,18 +139,18 @@ def test_two_people_have_labels_and_no_truth(small):
 
 
 def test_what_is_trained_on_has_voxels_of_twice_the_size(small):
-    recipe = script.NETWORKS["GeoReg"]
-    moving, fixed, field, _ = next(iter(networks.stream(recipe, 0, "cpu")))
+    recipe = networks.NETWORKS["GeoReg"]
+    moving, fixed, field, _ = next(iter(synthetic.stream(recipe, 0, "cpu")))
     assert field.shape == (recipe.batch, 3, *(n // 2 for n in SHAPE))
     assert moving.shape == fixed.shape == (recipe.batch, 1, *(n // 2 for n in SHAPE))
     image = load("tuning", 3).images[:1]
-    pair = networks.pair_of("tuning", 0, networks.Cell("all", 3), 3, 2)
+    pair = synthetic.pair_of("tuning", 0, synthetic.Cell("all", 3), 3, 2)
     i, j, k = 3, 5, 8
     mean = image[0, 0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2].mean()
     assert float(pair.moving[0, 0, i, j, k]) == pytest.approx(float(mean), abs=1e-6)
     # The field is in voxels of these images.
     again = warp(pair.moving, pair.field, padding="zeros")
-    assert float((pair.fixed - again).abs().max()) < 6 * networks.NOISE
+    assert float((pair.fixed - again).abs().max()) < 6 * synthetic.NOISE
 
 
 def test_the_network_that_travels_is_the_trained_one_and_brings_volumes_to_4_mm(small, tmp_path):
@@ -160,9 +162,9 @@ def test_the_network_that_travels_is_the_trained_one_and_brings_volumes_to_4_mm(
     """
     with pytest.raises(SystemExit, match="not trained yet"):
         script.test("tuning", ["GeoReg"], [])
-    record = script.train("GeoReg", 0, 2)
+    record = networks.train("GeoReg", 0, 2)
     # Steps that can be seen: other ones along each axis.
-    path = script.TRAININGS.weights("GeoReg", 0)
+    path = networks.TRAININGS.weights("GeoReg", 0)
     network = georeg.load(path)
     first, _, last = network.refinements[1].head
     with torch.no_grad():
@@ -172,7 +174,7 @@ def test_the_network_that_travels_is_the_trained_one_and_brings_volumes_to_4_mm(
     script.embed()
     assert record["training"]["steps"] == 2
     assert record["training"]["pooled"] == 2
-    trained = georeg.load(script.TRAININGS.weights("GeoReg", 0))
+    trained = georeg.load(networks.TRAININGS.weights("GeoReg", 0))
     embedded = georeg.load(script.WEIGHTS)
     for name, value in trained.state_dict().items():
         assert torch.equal(embedded.state_dict()[name], value.half().float())
@@ -214,7 +216,7 @@ def test_the_network_that_travels_is_the_trained_one_and_brings_volumes_to_4_mm(
 
 def test_the_table_holds_every_set_and_who_is_better_by_how_much(small, fake_workers, monkeypatch):
     """Workers that find nothing, and one that finds half a voxel; a few pairs of each set."""
-    script.train("GeoReg", 0, 2)
+    networks.train("GeoReg", 0, 2)
     script.embed()
     ants = "ANTsPy SyN MI, default"
     every = script.configurations()
@@ -231,7 +233,7 @@ def test_the_table_holds_every_set_and_who_is_better_by_how_much(small, fake_wor
     monkeypatch.setattr(benchmark, "committed_or_stop", lambda: None)
     script.test("test", None, [])
     found = json.loads(script.RESULTS.read_text())
-    assert set(found["summary"]) == {*networks.FAMILIES, script.T1}
+    assert set(found["summary"]) == {*synthetic.FAMILIES, script.T1}
     assert len(found["rows"]) == len(few) * 3
     [training] = found["training"]
     assert training["training"]["steps"] == 2
@@ -246,10 +248,10 @@ def test_the_table_holds_every_set_and_who_is_better_by_how_much(small, fake_wor
             assert (
                 one["error"]
                 == other["error"]
-                == pytest.approx(float(networks.endpoint_error(0 * truth.field, truth)), rel=1e-4)
+                == pytest.approx(float(synthetic.endpoint_error(0 * truth.field, truth)), rel=1e-4)
             )
             assert own["error"] == pytest.approx(
-                float(networks.endpoint_error(0 * truth.field + 0.5, truth)), rel=1e-4
+                float(synthetic.endpoint_error(0 * truth.field + 0.5, truth)), rel=1e-4
             )
     mean = {
         name: sum(r["error"] for k, r in rows.items() if k[0] == "Brownian" and k[2] == name)
@@ -261,35 +263,37 @@ def test_the_table_holds_every_set_and_who_is_better_by_how_much(small, fake_wor
     assert len(gain["interval"]) == 2
 
 
-OTHERS = sorted(script.NETWORKS.keys() - {"GeoReg"})
+OTHERS = sorted(networks.NETWORKS.keys() - {"GeoReg"})
 
 
 def test_networks_that_came_later_have_steps_of_their_own(small, capsys):
-    """Measured where they are missing; all are trained on the same pairs, and told as much."""
+    """Measured where they are missing."""
     pytest.importorskip("monai")
     allowed = {"limit_seconds": 4500.0, "steps": {"GeoReg": 2}}
-    script.TRAININGS.calibration.write_text(json.dumps(allowed))
-    script.calibrate()
-    assert f"kept: {script.TRAININGS.calibration.name}" in capsys.readouterr().out
-    assert json.loads(script.TRAININGS.calibration.read_text()) == allowed
-    assert sorted(script.OTHERS.steps()) == OTHERS
-    assert script.steps_of("GeoReg") == 2
-    assert script.steps_of("VoxelMorph") == script.OTHERS.steps()["VoxelMorph"]
-    given = {name: recipe._replace(truth=None)[3:] for name, recipe in script.NETWORKS.items()}
-    assert all(own == given["GeoReg"] for own in given.values())
+    networks.TRAININGS.calibration.write_text(json.dumps(allowed))
+    networks.calibrate()
+    assert f"kept: {networks.TRAININGS.calibration.name}" in capsys.readouterr().out
+    assert json.loads(networks.TRAININGS.calibration.read_text()) == allowed
+    assert sorted(networks.OTHERS.steps()) == OTHERS
+    assert networks.steps_of("GeoReg") == 2
+    assert networks.steps_of("VoxelMorph") == networks.OTHERS.steps()["VoxelMorph"]
 
 
-def test_all_networks_are_told_as_much():
+@pytest.mark.parametrize("recipes", [networks.NETWORKS, networks.FINE], ids=["4 mm", "2 mm"])
+def test_all_networks_are_told_as_much(recipes):
     """GeoReg for every field of a level, the others once for each."""
-    recipe = script.NETWORKS["GeoReg"]
-    images = torch.rand(2, 1, 1, 16, 24, 16)
+    [own] = [recipe for recipe in recipes.values() if recipe.kind == "georeg"]
+    images = torch.rand(2, 1, 1, 16, 32, 16)
     with torch.no_grad():
-        stages = recipe.network()(*images).stages
+        stages = own.network()(*images).stages
     told = [
-        sum(recipe.truth[stage.level] for stage in stages if stage.level == n) for n in range(4)
+        sum(own.truth[stage.level] for stage in stages if stage.level == n)
+        for n in range(len(own.truth))
     ]
-    for name in OTHERS:
-        assert script.NETWORKS[name].truth == told
+    for recipe in recipes.values():
+        assert recipe is own or recipe.truth == told
+        # What is left is how it is trained.
+        assert recipe._replace(truth=own.truth)[3:] == own[3:]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -299,14 +303,14 @@ def test_the_other_networks_are_trained_and_register_as_the_one_that_travels(nam
         pytest.importorskip("monai")
     with pytest.raises(SystemExit, match="not trained yet"):
         script.test("tuning", [name], [])
-    record = script.train(name, 0, 2)
-    script.OTHERS.log.write_text(json.dumps([record]))
+    record = networks.train(name, 0, 2)
+    networks.OTHERS.log.write_text(json.dumps([record]))
     with pytest.raises(SystemExit, match="embed first"):
         script.test("tuning", [name], [])
-    script.train("GeoReg", 0, 1)
+    networks.train("GeoReg", 0, 1)
     script.embed()
     assert record["tuning_error"][-1] > 0
-    assert record["training"]["truth"] == script.NETWORKS[name].truth
+    assert record["training"]["truth"] == networks.NETWORKS[name].truth
     settings = json.loads(json.dumps(script.configurations()))[name]
     assert settings["training"] == record["training"]
     pair = script.load_pair(script.cases("tuning")[0], "tuning")
@@ -316,6 +320,68 @@ def test_the_other_networks_are_trained_and_register_as_the_one_that_travels(nam
     assert found.shape == (1, 3, *SHAPE)
     assert found.isfinite().all()
     assert 0 < float(found.abs().max()) < 1
+
+
+def test_what_a_gpu_trained_comes_home_and_registers_in_its_own_voxels(
+    small, monkeypatch, tmp_path
+):
+    """What ``make gpu`` calls, with two steps; then the command ``add``."""
+    path = SCRIPTS / "gpu_jobs" / "500_volumes_georeg.json"
+    job = json.loads(path.read_text())["settings"]
+    name = job["network"]
+    recipe = networks.FINE[name]
+    settings = networks.NETWORKS["GeoReg"].settings  # the small one's
+    recipe = recipe._replace(settings=settings, objective={}, truth=[0.0, 1.0])
+    monkeypatch.setattr(networks, "FINE", {name: recipe})
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "settings.json").write_text(json.dumps(job))
+    arguments = ["--settings", str(tmp_path / "settings.json"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [networks.__file__, *arguments])
+
+    def calibrate(asked, own):
+        assert (asked, own.seconds) == (name, job["seconds"])
+        networks.calibrate_one(asked, dataclasses.replace(own, seconds=1e-9))
+        known = json.loads(own.calibration.read_text())
+        own.calibration.write_text(json.dumps(known | {"steps": {name: 2}}))
+
+    networks.TRAININGS.do_job(networks.train, None, calibrate)
+    stem = "georeg_2_mm_0"
+    left = [f"{stem}.json", f"{stem}.safetensors", "steps.json"]
+    assert sorted(file.name for file in out.iterdir()) == left
+
+    # Called again, it goes by the steps that were measured first.
+    networks.TRAININGS.do_job(networks.train, None, pytest.fail)
+    networks.train("GeoReg", 0, 1)
+    script.embed()
+    assert name not in script.configurations()
+    for _ in range(2):  # the second takes the place of the first
+        monkeypatch.setattr(sys, "argv", [script.__file__, "add", str(out)])
+        script.main()
+    [record] = networks.TRAININGS.records()
+    assert (record["network"], record["training"]["steps"]) == (name, 2)
+    found = json.loads(json.dumps(script.configurations()))[name]
+    [network] = script.methods_of(found)
+    assert network.contract["spacing"] == [2.0] * 3
+    assert network.contract["size"] == list(SHAPE)
+    pair = script.load_pair(script.cases("tuning")[0], "tuning")
+    field = register(pair.moving, pair.fixed, network).field
+    assert field.shape == (1, 3, *SHAPE)
+    assert 0 < float(field.abs().max()) < 1
+
+
+def test_a_folder_without_weights_is_refused(small, tmp_path):
+    with pytest.raises(SystemExit, match="no weights"):
+        networks.TRAININGS.bring_home(tmp_path)
+
+
+def test_checkpoints_of_2_mm_can_be_brought_home():
+    """Weights and two moments of each, in files of 16 MiB."""
+    for recipe in networks.FINE.values():
+        if recipe.kind == "voxelmorph":
+            pytest.importorskip("monai")
+        parameters = sum(p.numel() for p in recipe.network().parameters())
+        assert 3 * 4 * parameters < 15 * 2**20
 
 
 def test_no_table_of_unknown_names(small):
@@ -330,11 +396,11 @@ def test_what_travels_was_trained_as_the_script_says():
     found = georeg.load_pretrained(script.NAME).card
     calibration = json.loads((SCRIPTS / "georeg_volumes_steps.json").read_text())
     assert found["training"]["steps"] == calibration["steps"]["GeoReg"]
-    recipe = json.loads(json.dumps(script.NETWORKS["GeoReg"].as_json()))
+    recipe = json.loads(json.dumps(networks.NETWORKS["GeoReg"].as_json()))
     assert recipe.items() <= found["training"].items()
     assert found["training"]["dimensions"] == 3
     assert script.WEIGHTS.stat().st_size < 2**20
     assert found["input"]["size"] == [40, 48, 40]
     assert found["input"]["spacing"] == [script.POOLED * script.VOXEL] * 3
-    assert found["provenance"]["threads"] == script.TRAININGS.threads
+    assert found["provenance"]["threads"] == networks.TRAININGS.threads
     assert not found["provenance"]["uncommitted_changes"]
