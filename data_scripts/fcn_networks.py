@@ -244,7 +244,7 @@ def train(
     )
     some = images[:51]
     record: dict[str, Any] = {"network": name, "seed": seed}
-    record |= {"settings": recipe.settings() | {"steps": steps}} | found
+    record |= {"settings": recipe.settings() | {"steps": found.pop("steps")}} | found
     record["ncc"] = {
         "train": correlation(network, some[1:], some[:-1]),
         "validation": correlation(network, *validation[:2]),

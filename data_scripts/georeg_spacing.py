@@ -284,7 +284,8 @@ def train(
         every=VALIDATE_EVERY,
     )
     record: dict[str, Any] = {"network": name, "seed": seed}
-    record |= {"training": {"steps": steps, "batch": batch, "lr": LR, "settings": GEOREG}} | found
+    training = {"steps": found.pop("steps"), "batch": batch, "lr": LR, "settings": GEOREG}
+    record |= {"training": training} | found
     record |= {"tuning_every": VALIDATE_EVERY, "tuning_error": errors}
     card = {key: value for key, value in record.items() if key not in ("loss", "tuning_every")} | {
         "input": {"channels": 1, "size_multiple": MULTIPLE},

@@ -210,7 +210,7 @@ def train(
         every=VALIDATE_EVERY,
     )
     record: dict[str, Any] = {"network": name, "seed": seed}
-    record |= {"training": recipe.as_json() | {"steps": steps}} | found
+    record |= {"training": recipe.as_json() | {"steps": found.pop("steps")}} | found
     record |= {"tuning_every": VALIDATE_EVERY, "tuning_dice": [round(1 - x, 4) for x in values]}
     of = {
         BRAINS: "slices of IXI, 100 brains at 2 mm (splits.json), half of the fixed remapped",

@@ -488,17 +488,15 @@ def stream(recipe: Recipe, seed: int, device: str) -> DeformedPairs:
 
 def calibrate(recipes: Mapping[str, Recipe] | None = None, own: Trainings | None = None) -> None:
     """Measure a step of every network and write how many the time allows; ``None``: the table's."""
-    device = trainings.device_at_hand()
 
     def step_of(recipe: Recipe) -> Callable[[], object]:
-        network, loss = recipe.network().to(device), recipe.loss()
-        pairs = stream(recipe, 0, device)
+        network, loss = recipe.network(), recipe.loss()
+        pairs = stream(recipe, 0, "cpu")
         return lambda: fit(network, pairs, loss, steps=1, lr=recipe.lr, progress=False)
 
     each = NETWORKS if recipes is None else recipes
     each = {name: recipe for name, recipe in each.items() if recipe.longer is None}
-    steps = {name: step_of(recipe) for name, recipe in each.items()}
-    (own or TRAININGS).calibrate(steps, device)
+    (own or TRAININGS).calibrate({name: step_of(recipe) for name, recipe in each.items()})
 
 
 def steps_of(name: str) -> int:
@@ -545,7 +543,14 @@ def train(
 
 
 def train_recipe(
-    name: str, recipe: Recipe, seed: int, steps: int, path: Path, threads: int = 1
+    name: str,
+    recipe: Recipe,
+    seed: int,
+    steps: int | None,
+    path: Path,
+    threads: int = 1,
+    *,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Train a network of a recipe and write its weights; goes on from its checkpoint.
 
@@ -553,9 +558,10 @@ def train_recipe(
         name: of the network, for the record.
         recipe: how it is made and trained.
         seed: of its first weights and of the pairs.
-        steps: of the optimiser.
+        steps: of the optimiser, at most; ``None`` for as many as there is time for.
         path: of the weights.
         threads: to train on, where there is no GPU.
+        seconds: of the training, at most; ``None`` for no limit.
 
     Returns:
         What is known about the training, JSON; errors are in voxels of the recipe's images.
@@ -570,12 +576,13 @@ def train_recipe(
         recipe.loss(),
         path,
         steps=steps,
+        seconds=seconds,
         lr=recipe.lr,
         validate=functools.partial(tuning_error, pairs=watched),
         every=VALIDATE_EVERY,
     )
     still = endpoint_error(torch.zeros_like(watched.field), watched).mean()
-    training = recipe.as_json() | {"steps": steps, "dimensions": recipe.dimensions}
+    training = recipe.as_json() | {"steps": found.pop("steps"), "dimensions": recipe.dimensions}
     record: dict[str, Any] = {"network": name, "seed": seed, "training": training} | found
     record |= {"tuning_every": VALIDATE_EVERY, "tuning_error": errors}
     record["tuning_error_before"] = round(float(still), 4)

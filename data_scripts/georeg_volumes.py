@@ -37,7 +37,8 @@ count. (VoxelMorph takes sizes that are multiples of 16; of what it sees a third
 added.)
 
 ``test`` registers volumes of 2 mm, as their owner would, through reglib.registration.register,
-which brings them to 4 mm, in the field of view that the network knows, and the field back:
+which brings them to 4 mm, in the field of view that the network knows, and the field back (or has
+them at 2 mm, for networks that a GPU trained: georeg_volumes_networks.py):
 
 - every test subject, deformed by a known field, with noise: six of each family of the synthetic
   table (georeg_synthetic.py), in space, two at each strength;
@@ -144,8 +145,9 @@ def configurations() -> dict[str, dict[str, Any]]:
     for name, methods in METHODS.items():
         own = settings_of(methods)
         found[name] = own | weights if name.startswith("GeoReg") else own
-    finer = {run["network"] for run in networks.TRAININGS.records()} & networks.FINE.keys()
-    for name in (*networks.NETWORKS, *sorted(finer)):
+    known = {run["network"] for run in networks.TRAININGS.records()}
+    finer = [name for name in networks.FINE if name in known]
+    for name in (*networks.NETWORKS, *finer):
         if name != "GeoReg":
             found[name] = settings_of([]) | networks.TRAININGS.configuration(name, 0)
     return found
@@ -252,7 +254,7 @@ def main() -> None:
         known_or_stop(options.names, networks.NETWORKS, "network")
         networks.train_all(options.names or list(networks.NETWORKS))
     elif options.command == "add":
-        networks.TRAININGS.bring_home(options.folder)
+        networks.TRAININGS.bring_home(options.folder, networks.FINE)
     elif options.command == "embed":
         embed()
     elif options.command == "test":

@@ -6,7 +6,7 @@ Nothing but torch, numpy, safetensors and the library is imported, and MONAI for
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ MULTIPLE = 16
 
 
 class UNet(nn.Module):
-    """MONAI's VoxelMorph with the channels of its documentation.
+    """MONAI's VoxelMorph, with the channels of its documentation unless others are given.
 
     Images of other sizes than it takes have 0 added at their ends, and the field is cut there.
 
@@ -30,15 +30,23 @@ class UNet(nn.Module):
         integration: of the velocity at half resolution, squarings; 0 makes its output the
             displacement.
         near_identity: start with a field near 0; False leaves MONAI's first weights.
+        channels: of the U-Net, two a level, finest first; ``None`` for those of the documentation,
+            of three levels.
     """
 
     def __init__(
-        self, dimensions: int = 3, integration: int = 7, *, near_identity: bool = False
+        self,
+        dimensions: int = 3,
+        integration: int = 7,
+        *,
+        near_identity: bool = False,
+        channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        from monai.networks.nets import VoxelMorph
+        from monai.networks.nets import VoxelMorph, VoxelMorphUNet
 
-        self.voxelmorph = VoxelMorph(spatial_dims=dimensions, integration_steps=integration)
+        backbone = channels and VoxelMorphUNet(dimensions, 2, 32, channels, (16, 16))
+        self.voxelmorph = VoxelMorph(backbone, integration, spatial_dims=dimensions)
         if near_identity:
             *_, last = (
                 m for m in self.voxelmorph.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)
@@ -46,7 +54,9 @@ class UNet(nn.Module):
             nn.init.normal_(last.weight, std=1e-5)
             assert last.bias is not None
             nn.init.zeros_(last.bias)
-        self.settings = {"dimensions": dimensions, "integration": integration}
+        self.settings: dict[str, Any] = {"dimensions": dimensions, "integration": integration}
+        if channels:
+            self.settings["channels"] = list(channels)
         self.card: dict[str, Any] = {
             "input": {"channels": 1, "range": [0.0, 1.0], "size_multiple": MULTIPLE}
         }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import argparse
-import dataclasses
 import hashlib
 import json
 import math
@@ -18,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +68,13 @@ def named(objective: Mapping[str, Any]) -> dict[str, Any]:
     return {key: getattr(value, "__name__", value) for key, value in objective.items()}
 
 
-def device_at_hand() -> str:
-    """A GPU, if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def begin(seed: int, threads: int = 1) -> str:
     """Seed the first weights and say where to train: on a GPU, else on so many threads."""
     torch.manual_seed(seed)
-    device = device_at_hand()
-    if device == "cpu":
-        torch.set_num_threads(threads)
-    return device
+    if torch.cuda.is_available():
+        return "cuda"
+    torch.set_num_threads(threads)
+    return "cpu"
 
 
 def learn(
@@ -88,10 +83,11 @@ def learn(
     loss: Callable[..., dict[str, Tensor]],
     path: Path,
     *,
-    steps: int,
+    steps: int | None,
     lr: float,
     validate: Callable[[Any], float],
     every: int,
+    seconds: float | None = None,
 ) -> tuple[dict[str, Any], list[float]]:
     """Train a network; goes on from the checkpoint beside ``path``.
 
@@ -100,13 +96,15 @@ def learn(
         pairs: what it is trained on, without end.
         loss: of its output, the moving and the fixed image, and what else ``pairs`` give.
         path: of its weights; they are not written. Its folder is made.
-        steps: of the optimiser.
+        steps: of the optimiser, at most; ``None`` for as many as there is time for.
         lr: learning rate.
         validate: of the network; less is better.
         every: so many steps it is asked, and a checkpoint is written.
+        seconds: of the training, at most, with those of ``validate``; ``None`` for no limit.
 
     Returns:
-        What every record of a training holds, and what ``validate`` said.
+        What every record of a training holds, with the steps that were taken, and what ``validate``
+        said.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     begun = provenance()  # of the code that trains, not of what the files have become by the end
@@ -115,6 +113,7 @@ def learn(
         pairs,
         loss,
         steps=steps,
+        seconds=seconds,
         lr=lr,
         checkpoint=path.with_suffix(".checkpoint"),
         every=every,
@@ -123,6 +122,7 @@ def learn(
         progress=False,
     )
     found = {
+        "steps": len(history["loss"]),
         "seconds": round(history["seconds"][-1], 1),
         "parameters": sum(p.numel() for p in network.parameters()),
         "loss": curve(history["loss"]),
@@ -154,7 +154,7 @@ def tasks(
     return [(n, seed, steps_of(n)) for seed in every for n, own in seeds.items() if seed in own]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Trainings:
     """The trained networks of a table, each with several seeds.
 
@@ -186,19 +186,25 @@ class Trainings:
         found: list[dict[str, Any]] = json.loads(self.log.read_text()) if self.log.exists() else []
         return found
 
+    def add(self, record: dict[str, Any]) -> None:
+        """Put a record of a training among those that are finished, in place of an earlier one."""
+        own = record["network"], record["seed"]
+        others = [run for run in self.records() if (run["network"], run["seed"]) != own]
+        write_json(self.log, [*others, record])
+
     def configuration(self, name: str, seed: int) -> dict[str, Any]:
         """Settings of a trained network that registers; what is not known is None."""
         known = {(run["network"], run["seed"]): run["training"] for run in self.records()}
         return configuration(self.weights(name, seed), training=known.get((name, seed)))
 
-    def calibrate(self, steps: Mapping[str, Callable[[], object]], device: str = "cpu") -> None:
+    def calibrate(self, steps: Mapping[str, Callable[[], object]]) -> None:
         """Measure a step of every network, all in turn, and write how many ``seconds`` allow."""
         torch.set_num_threads(self.threads)
         start, before = time.perf_counter(), timing.load()
-        found = timing.in_turn(steps, repeats=5, device=device)
+        found = timing.in_turn(steps, repeats=5)
         # Two digits.
         allowed = {name: int(float(f"{self.seconds / one:.2g}")) for name, one in found.items()}
-        run = timing.run_of(device, start, before, step_seconds=found)
+        run = timing.run_of("cpu", start, before, step_seconds=found)
         content = {"limit_seconds": self.seconds, "steps": allowed, "measured": run}
         write_json(self.calibration, content)
         print(json.dumps(allowed, indent=1))
@@ -222,8 +228,7 @@ class Trainings:
             tasks: name, seed and steps of all that there should be.
             quality: the entry of a record whose last value is shown.
         """
-        runs = self.records()
-        done = {(run["network"], run["seed"]) for run in runs}
+        done = {(run["network"], run["seed"]) for run in self.records()}
         missing = [task for task in tasks if task[:2] not in done]
         workers = multiprocessing.get_context("spawn")
         together = max(1, (os.cpu_count() or 1) // self.threads)
@@ -231,55 +236,37 @@ class Trainings:
             futures = [executor.submit(train, *task) for task in missing]
             for number, future in enumerate(as_completed(futures), 1):
                 record = future.result()
-                runs.append(record)
-                write_json(self.log, runs)
+                self.add(record)
                 words = record["network"], record["seed"], record["seconds"], record[quality][-1]
                 print(f"{number}/{len(missing)}", *words, flush=True)
 
-    def bring_home(self, folder: Path) -> None:
-        """Take over the weights and the records that a job of the GPU queue left in its folder."""
-        found = sorted(folder.glob("*.safetensors"))
-        if not found:
-            raise SystemExit(f"{folder}: no weights are there")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for weights in found:
-            record = json.loads(weights.with_suffix(".json").read_text())
-            own = record["network"], record["seed"]
-            write_bytes(self.weights(*own), weights.read_bytes())
-            others = (run for run in self.records() if (run["network"], run["seed"]) != own)
-            write_json(self.log, [*others, record])
-
-    def do_job(
-        self,
-        train: Train,
-        about: str | None,
-        calibrate: Callable[[str, Trainings], None] | None = None,
-    ) -> None:
-        """Do a job of the GPU queue, which names network, seed and steps, and what else there is.
+    def do_job(self, train: Train, about: str | None) -> None:
+        """Do a job of the GPU queue, which names network and seed, steps or seconds, and the rest.
 
         Weights and record go into its folder.
-
-        Args:
-            train: trains the network.
-            about: the script's own words.
-            calibrate: measures the steps of a network, by name, for trainings; for jobs that name
-                ``seconds`` in place of steps.
         """
         job, folder = job_of_queue(about)
-        name, seed = job.pop("network"), job.pop("seed")
-        if calibrate is None:
-            steps = job.pop("steps")
-        else:
-            here = dataclasses.replace(
-                self, folder=folder, calibration=folder / "steps.json", seconds=job.pop("seconds")
-            )
-            if not here.calibration.is_file():
-                calibrate(name, here)
-            steps = here.steps()[name]
+        name, seed, steps = job.pop("network"), job.pop("seed"), job.pop("steps", None)
         path = folder / self.weights(name, seed).name
         record = train(name, seed, steps, **job, path=path)
-        path.with_suffix(".checkpoint").unlink(missing_ok=True)
         write_json(path.with_suffix(".json"), record)
+        path.with_suffix(".checkpoint").unlink(missing_ok=True)
+
+    def bring_home(self, folder: Path, names: Collection[str]) -> None:
+        """Take over weights and record that a job of the GPU queue left in its folder.
+
+        Stops unless both are there, of one of the networks of these names.
+        """
+        records = [path.with_suffix(".json") for path in sorted(folder.glob("*.safetensors"))]
+        if len(records) != 1 or not records[0].is_file():
+            raise SystemExit(f"{folder}: wanted one network and its record, as a job leaves them")
+        record = json.loads(records[0].read_text())
+        if record.get("network") not in names:
+            raise SystemExit(f"{records[0]}: wanted a training of one of {list(names)}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        weights = records[0].with_suffix(".safetensors").read_bytes()
+        write_bytes(self.weights(record["network"], record["seed"]), weights)
+        self.add(record)
 
 
 def job_of_queue(about: str | None) -> tuple[dict[str, Any], Path]:

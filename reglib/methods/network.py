@@ -9,7 +9,8 @@ its keyword ``spacing``; ``size``, for a network that knows one field of view on
 ``spacing``): its voxels along those axes, laid around the middle of what is bright in the moving
 image, seen through the pair's own transform. Whatever a pair is, it is resampled to that, run
 through the network, and the field is carried back to the fixed grid; beyond a field of view of one
-``size`` it stays as it is at the edge, and the report says how much of the fixed image lies there.
+``size`` it stays as it is at the edge, and the report says so where a percent or more of what is
+bright in a fixed image lies there.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ _KNOWN = ("channels", "range", "quantile", "tells_spacing", *_PLACING)
 #: voxels that exceed it, does. It begins and ends with planes that have this share of the fullest
 #: one's bright voxels. So specks in a volume do not count, however bright.
 BRIGHT, BRIGHTEST, FULL = 0.1, 0.99, 0.01
-#: The report says so where the field of view leaves out this share of what is bright in the fixed
-#: image.
-NOTED = 0.02
+#: The report says how much of what is bright in a fixed image lies beyond the field of view, in
+#: whole percents: from the first of them on.
+NOTED = 0.01
 
 
 class Network:
@@ -252,7 +253,8 @@ class Network:
     ) -> tuple[str, ...]:
         """What was done to the images, for the report.
 
-        ``lost`` is the share of what is bright in a fixed image that lies beyond its field of view.
+        ``lost`` is the largest share of what is bright in a fixed image that lies beyond its field
+        of view.
         """
         shape = tuple(pair.fixed.shape[2:])
         notes = []
@@ -268,7 +270,11 @@ class Network:
                 "around what is bright in each moving image; beyond, the field is that at its edge"
             )
             if lost >= NOTED:
-                notes.append(f"{lost:.0%} of what is bright in the fixed image lies beyond that")
+                one = "in the fixed image" if len(pair.fixed) == 1 else "in a fixed image"
+                most = "" if len(pair.fixed) == 1 else "up to "
+                notes.append(
+                    f"{most}{lost:.0%} of what is bright {one} lies beyond the field of view"
+                )
         elif shape == tuple(new_shape) and torch.equal(affine, pair.fixed_affine):
             notes.append("fixed grid as the network takes it")
         else:
@@ -318,12 +324,18 @@ def _middle(image: Tensor) -> Tensor:
 
 
 def _beyond(image: Tensor, affine: Tensor, view: Tensor, size: Sequence[int]) -> float:
-    """Share of what is bright in an image ``(C, *S)`` that lies beyond a field of view."""
+    """Share of what is bright in an image ``(C, *S)`` that lies beyond a field of view.
+
+    Their axes are parallel.
+    """
     d = len(size)
-    matrix = torch.linalg.solve(view, affine)
-    voxels = _bright(image.amax(0)).nonzero().to(matrix) @ matrix[:d, :d].mT + matrix[:d, d]
-    inside = (voxels > -0.5) & (voxels < torch.tensor(size).to(matrix) - 0.5)
-    return 1 - float(inside.all(1).double().mean())
+    matrix = torch.linalg.solve(affine, view)
+    borders = torch.stack((torch.full((d,), -0.5), torch.tensor(size) - 0.5)).to(matrix)
+    borders = borders @ matrix[:d, :d].mT + matrix[:d, d]
+    first, last = borders.amin(0).ceil().int(), borders.amax(0).floor().int()
+    bright = _bright(image.amax(0))
+    seen = bright[tuple(slice(max(a, 0), max(b + 1, 0)) for a, b in zip(first, last, strict=True))]
+    return 1 - float(seen.sum() / bright.sum())
 
 
 def _size(shape: Sequence[int]) -> str:
