@@ -287,7 +287,7 @@ def register_cohort(
         chosen,
         work,
         folder,
-        settings=settings_of(methods) | {"similarity": getattr(similarity, "__name__", "")},
+        settings=settings_of(methods) | {"similarity": _told(similarity)},
         client=client,
         workers=workers,
         threads=threads,
@@ -314,6 +314,12 @@ def settings_of(methods: Sequence[Method | nn.Module]) -> dict[str, Any]:
     return {"method": described, "weights": weights}
 
 
+def _told(similarity: Callable[..., Tensor]) -> str | dict[str, Any]:
+    """Name of a similarity, and its settings if it has any."""
+    described = describe_method(similarity)
+    return described if described["settings"] else str(described["name"])
+
+
 def _weights(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
@@ -337,6 +343,9 @@ def _register_files(
         if path is None:
             return None
         image = read_image(path)
+        channels = image.tensor.shape[1]
+        if channels != 1:
+            raise ValueError(f"{path}: wanted an image in grey, got one of {channels} channels")
         return Image(image.tensor.to(device), image.affine)
 
     moving, fixed = there(pair.moving), there(pair.fixed)

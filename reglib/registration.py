@@ -50,7 +50,7 @@ from reglib.data.nifti import (
     write_field,
 )
 from reglib.geometry.affine import transform_points, whole_field
-from reglib.geometry.fields import Inverse, invert, invert_points
+from reglib.geometry.fields import invert_points
 from reglib.geometry.sampling import transform_grid, warp, warp_labels, warp_points
 from reglib.methods.network import Network
 from reglib.methods.pair import Iterate, Method, Pair
@@ -85,7 +85,8 @@ class Registration:
 
     Attributes:
         affine: A, ``(B, D+1, D+1)``, world mm (RAS), float64 on the CPU.
-        field: u, ``(B, D, *S)`` on the fixed grid, in its voxels.
+        field: u, ``(B, D, *S)`` on the fixed grid, in its voxels, without A
+            (``residual_field.nii.gz`` when saved); :meth:`whole_field` has both.
         fixed_affine: ``(D+1, D+1)``, voxels of the fixed image to world mm.
         moving_affine: the same of the moving image.
         moving_shape: spatial shape ``T`` of the moving image.
@@ -173,10 +174,6 @@ class Registration:
         """
         target = self.moving_affine if moving_affine is None else moving_affine
         return whole_field(self.affine, self.field, self.fixed_affine, target)
-
-    def inverse(self) -> Inverse:
-        """The inverse of ``x + u(x)`` on the fixed grid, and its error in voxels."""
-        return invert(self.field, tolerance=INVERSE_TOLERANCE)
 
     def inverse_field(self) -> Tensor:
         """The inverse of phi on the moving grid: from moving voxels to fixed ones.

@@ -1089,6 +1089,15 @@ def test_every_method_has_a_name(tmp_path):
         assert again == (kind.load is None)  # a network is run as it is
 
 
+@pytest.mark.parametrize("name", ["displacement", "svf", "bspline"])
+def test_the_default_similarity_may_be_said(name):
+    """The word means what stands in the help, windows of five voxels and all."""
+    wishes = (methods.Wish(methods.Name(name), similarity=s) for s in (None, "lncc", "mse"))
+    found = [methods.plan(wish, torch.device("cpu")).methods[-1] for wish in wishes]
+    assert found[0] == found[1] != found[2]
+    assert found[0].similarity.keywords == {"window": 5}
+
+
 def test_a_trained_network_is_chosen_by_its_name(tmp_path):
     """The names that the command line knows are those of the package; the first is the default."""
     assert georeg.PRETRAINED == methods.GEOREG_NETWORKS

@@ -7,6 +7,7 @@ started once for most tests; those that are killed were started here.
 
 import csv
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -23,6 +24,7 @@ import dask
 import distributed
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import psutil
 import pytest
 import torch
@@ -34,6 +36,7 @@ from reglib.data.nifti import read_image
 from reglib.methods.classical import Displacement, Rigid
 from reglib.methods.georeg import load_pretrained
 from reglib.methods.pair import Iterate
+from reglib.objectives.similarity import lncc
 from reglib.registration import Registration, register
 
 SHAPE = (22, 26)
@@ -695,6 +698,25 @@ def test_misuse_is_told_before_anything_is_read(name, tmp_path, capsys, monkeypa
     assert (code, out) == (2, "")
     assert hint in " ".join(err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_of_the_similarity_are_part_of_the_settings(own, client, tmp_path):
+    """Columns of a table never mix two measures."""
+    pairs, out = pairs_of(own, [0]), tmp_path / "out"
+    five, nine = (functools.partial(lncc, window=n) for n in (5, 9))
+    register_cohort(pairs, METHOD, out, client=client, similarity=five)
+    assert states(register_cohort(pairs, METHOD, out, client=client, similarity=five)) == ["kept"]
+    with pytest.raises(ValueError, match=r"similarity.*window.*5.*, now .*9"):
+        register_cohort(pairs, METHOD, out, client=client, similarity=nine)
+
+
+def test_a_picture_in_colours_is_refused_before_it_is_registered(own, client, tmp_path):
+    PIL.Image.new("RGB", (20, 24)).save(own / "m0.png")
+    [pair] = pairs_of(own, [0])
+    pair = pair._replace(moving=own / "m0.png")
+    [outcome] = register_cohort([pair], METHOD, tmp_path / "out", client=client)
+    assert outcome.state == "failed"
+    assert re.search(r"m0\.png: wanted an image in grey, got one of 3 channels", outcome.reason)
 
 
 def test_a_scheduler_that_is_not_there(data, tmp_path, capsys):

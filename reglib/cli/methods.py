@@ -288,7 +288,10 @@ def _made(method: type[T], settings: dict[str, Any]) -> T:
 
 
 def _typed(method: type, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a method with what their text means."""
+    """Settings of a method with what their text means.
+
+    A similarity that is the method's own default is that with the default's windows.
+    """
     known = {f.name: str(f.type) for f in dataclasses.fields(method)}
     unknown = [name for name in settings if name not in known]
     if unknown:
@@ -296,7 +299,11 @@ def _typed(method: type, settings: dict[str, Any]) -> dict[str, Any]:
         functions = ("similarity", "regularity", "network", "image", "motion", "search")
         words = [name for name in known if name not in functions]
         raise ValueError(f"wanted settings out of {', '.join(words)}, got {', '.join(unknown)}")
-    return {name: _value(x, known[name]) for name, x in settings.items()}
+    found = {name: _value(x, known[name]) for name, x in settings.items()}
+    default = getattr(method, "similarity", None)
+    if isinstance(default, functools.partial) and found.get("similarity") is default.func:
+        found["similarity"] = default
+    return found
 
 
 def _value(value: Any, kind: str) -> Any:

@@ -101,12 +101,14 @@ def register(
             "--method",
             help="rigid and affine: in mm, from coarse to fine. After an affine start, by gradient "
             "descent: displacement, a vector for every voxel; svf, a stationary velocity, which "
-            "does not fold and has an inverse; bspline, a lattice of control points; dip, a "
+            "hardly folds and has an inverse; bspline, a lattice of control points; dip, a "
             "velocity that an untrained network makes of noise (--set preset=paper: a "
-            "displacement, as in the paper, which takes long). Trained networks: georeg, for grey "
-            "planes, trained on handwritten digits (--set pretrained=brain_slices: on axial T1 "
-            "slices of brains without skull; --set pretrained=brain_volumes: for volumes, on whole "
-            "T1 brains without skull); fcn, for volumes, trained on boxes around the hippocampus.",
+            "displacement, as in the paper, which takes long). inr: two coordinate networks, which "
+            "find a rigid transform unless --transform deformable is given. Trained networks: "
+            "georeg, for grey planes, trained on handwritten digits (--set "
+            "pretrained=brain_slices: on axial T1 slices of brains without skull; --set "
+            "pretrained=brain_volumes: for volumes, on whole T1 brains without skull); fcn, for "
+            "volumes, trained on boxes around the hippocampus.",
             show_default=False,
         ),
     ],

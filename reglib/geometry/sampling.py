@@ -39,7 +39,7 @@ def warp(image: Tensor, field: Tensor, *, padding: str = "border") -> Tensor:
     Args:
         image: the moving image ``(B, C, *T)``, floating point. ``T`` may differ from ``S``.
         field: displacement ``(B, D, *S)`` on the fixed grid, in voxels.
-        padding: outside the moving image, ``"border"`` (default) or ``"zeros"``.
+        padding: outside the moving image, ``"border"`` (default) or ``"zeros"``, as for masks.
 
     Returns:
         The warped image ``(B, C, *S)`` on the fixed grid.

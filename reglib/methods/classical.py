@@ -585,7 +585,7 @@ class Displacement:
     """A displacement of every voxel, regularised, by gradient descent from coarse to fine.
 
     A is kept as the pair has it: put an :class:`Affine` before. Nothing keeps such a field from
-    folding but its regularity; a :class:`Velocity` does not fold, at the price of its integration.
+    folding but its regularity; a :class:`Velocity` hardly folds, at the price of its integration.
 
     Attributes:
         similarity: of (warped, fixed), ``weight``, ``reduction``; lower is better. The default is

@@ -229,8 +229,8 @@ class NeighbourAttention(nn.Module):
     ) -> Tensor:
         """Displacements ``(B, P, D)`` of points with features ``(B, P, C)``.
 
-        ``spacing`` ``(D,)`` is the length of a voxel along each axis, and the unit of the
-        displacements that in which it is given; ``None`` is 1 everywhere.
+        ``spacing`` ``(D,)`` is the length of a voxel along each axis, and displacements are in its
+        unit; ``None`` is 1 everywhere.
         """
         frequencies = self.position.frequencies
         if spacing is not None:
@@ -448,8 +448,8 @@ def _counts(values: Sequence[int], name: str, length: int | None) -> Sequence[in
 
 
 #: Settings by name. ``digits`` is the demonstration on MNIST; ``brains 2-D`` and ``brains 3-D`` are
-#: the six levels of the paper ("4 iterations on the two coarsest"), with the neighbourhoods of its
-#: released code.
+#: the six levels of the paper, with the neighbourhoods of its released code and, in 3-D, the
+#: paper's "4 iterations on the two coarsest".
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"dimensions": 2, "channels": (16, 32, 64)},
     "brains 2-D": {
