@@ -346,7 +346,7 @@ def _register_files(
         channels = image.tensor.shape[1]
         if channels != 1:
             raise ValueError(f"{path}: wanted an image in grey, got one of {channels} channels")
-        return Image(image.tensor.to(device), image.affine)
+        return image.to(device)
 
     moving, fixed = there(pair.moving), there(pair.fixed)
     assert moving is not None

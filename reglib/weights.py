@@ -46,7 +46,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is no safetensors file.
+        ValueError: if it is no safetensors file, or no card is in it.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -54,6 +54,11 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             card = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     except SafetensorError as error:
         raise ValueError(f"path: wanted a safetensors file, got {path} ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"path: wanted weights with a card, as reglib saves them, got {path}, "
+            f"whose metadata are no JSON ({error})"
+        ) from error
     return state, card
 
 

@@ -28,11 +28,12 @@ from scipy.spatial.transform import Rotation
 import reglib
 from reglib.cli import main, methods
 from reglib.data.datasets import mnist
-from reglib.data.nifti import Image, read_field, read_image, write_field
+from reglib.data.nifti import Image, read_field, read_image, write_field, write_image
 from reglib.methods import fcn, georeg
 from reglib.methods.georeg import load_pretrained
 from reglib.methods.pair import Iterate
 from reglib.registration import Registration, register
+from reglib.weights import load_weights
 
 FIXED_SHAPE, MOVING_SHAPE = (20, 22, 17), (24, 19, 21)
 QUICK = ["--set", "steps=8", "--set", "levels=6,3"]
@@ -522,6 +523,27 @@ def test_evaluate_judges_a_field_of_any_program(tmp_path, capsys):
     assert json.loads(out)["ndv"] > 0
 
 
+def test_evaluate_looks_at_a_field_within_a_mask(tmp_path, capsys):
+    """The fold of a column of 6 x 8 voxels, seen from 3 columns with it and from 3 without."""
+    u = torch.zeros(1, 2, 6, 8)
+    u[0, 1, :, 4] = -3
+    eye = torch.eye(3, dtype=torch.float64)
+    write_field(tmp_path / "u.nii.gz", u, eye)
+    for first, wanted in ((2, 1 / 3), (5, 0)):
+        mask = torch.zeros(1, 1, 6, 8)
+        mask[..., first : first + 3] = 0.5
+        write_image(tmp_path / "mask.nii", Image(mask, eye))
+        given = ("--field", tmp_path / "u.nii.gz", "--mask", tmp_path / "mask.nii")
+        code, out, _ = run(capsys, "evaluate", *given, "--json")
+        assert code == 0
+        assert json.loads(out)["folding"] == pytest.approx(wanted)
+        assert (json.loads(out)["ndv"] > 0) == (wanted > 0)
+    write_image(tmp_path / "mask.nii", Image(mask[..., 1:], eye))
+    code, _, err = run(capsys, "evaluate", *given)
+    assert code == 1
+    assert re.search(r"u\.nii\.gz, .*mask\.nii: wanted the same grid", err)
+
+
 # --- Info and fetch -------------------------------------------------------------------------
 
 
@@ -550,6 +572,21 @@ def test_info_of_images(files, tmp_path, capsys):
     assert (found["nonfinite"], found["range"]) == (2, [-1.0, 0.5])
     save(tmp_path / "n.nii", np.full((2, 2), np.nan), np.eye(4), np.float32)
     assert json.loads(run(capsys, "info", tmp_path / "n.nii", "--json")[1])["range"] is None
+
+
+def test_info_of_weights(capsys):
+    """What the card says, as it is and in words."""
+    path = Path(georeg.__file__).parent / georeg.WEIGHTS.format("brain_volumes")
+    state, card = load_weights(path)
+    code, out, _ = run(capsys, "info", path, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert card.items() <= found.items()
+    assert found["numbers"] == sum(x.numel() for x in state.values())
+    assert found["type"] == "float16"
+    code, out, _ = run(capsys, "info", path)
+    assert code == 0
+    assert re.search(r"trained_on +IXI, 100 brains", out)
 
 
 def test_info_of_fields_and_folders(folder, capsys):
@@ -652,6 +689,10 @@ MISUSE = {
     "function": (["R", "--method", "rigid", "--set", "similarity=ncc"], "similarity: wanted"),
     "labels": (["R", "--method", "rigid", "--fixed-labels", "l.nii"], "--moving-labels"),
     "seed": (["R", "--method", "rigid", "--seed", "x"], "--seed"),
+    "mask of no field": (
+        ["evaluate", "--warped-labels", "a.nii", "--fixed-labels", "b.nii", "--mask", "m.nii"],
+        "--field",
+    ),
     "nothing to apply to": (["apply", "d", "--out", "o.nii"], "neither"),
     "both": (["apply", "d", "i.nii", "--points", "p.csv", "--out", "o.csv"], "both"),
     "space unsaid": (["P", "--from", "fixed", "--out", "o.csv"], "no default is safe"),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from reglib.weights import load_state, load_weights, save_state, save_weights
@@ -46,6 +47,10 @@ def test_a_file_that_holds_no_weights_is_named(tmp_path):
         load_weights(path)
     with pytest.raises(OSError, match=r"nowhere"):
         load_weights(tmp_path / "nowhere.safetensors")
+    # As others write them.
+    save_file({"x": torch.ones(2)}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"^path: wanted weights with a card, .*page"):
+        load_weights(path)
 
 
 def same(a, b):

@@ -51,6 +51,14 @@ def evaluate(
             "judged for folding; or a displacement field of ITK or ANTs, judged as it is.",
         ),
     ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            "--mask",
+            metavar="FILE",
+            help="Where folding and NDV are looked at, above 0, on the fixed grid.",
+        ),
+    ] = None,
     fixed_points: Annotated[
         Path | None,
         typer.Option("--fixed-points", metavar="CSV", help=f"Landmarks in fixed. {POINTS_HELP}"),
@@ -98,15 +106,22 @@ def evaluate(
         raise typer.BadParameter(
             "wanted --warped-labels and --fixed-labels with it, got none", param_hint="--labels"
         )
+    if mask is not None and field is None:
+        raise typer.BadParameter("wanted --field with it, got none", param_hint="--mask")
     wanted = None if labels is None else _numbers(labels)
 
-    from reglib.data.nifti import read_labels
+    from reglib.data.nifti import read_image, read_labels
     from reglib.objectives import evaluation
 
     given: dict[str, Any] = {"spacing": (1.0,)}  # points are in mm already
     transform = None if field is None else images.read_transform(field)
     if transform is not None:
         given["field"] = transform.field
+        if mask is not None:
+            inside = read_image(mask)
+            shape = tuple(transform.field.shape[2:])
+            images.check_grid(inside, shape, transform.fixed_affine, (str(field), str(mask)))
+            given["mask"] = (inside.tensor > 0).to(transform.field)
     if warped_labels is not None and fixed_labels is not None:
         pair = (read_labels(warped_labels), read_labels(fixed_labels))
         grids = [(str(warped_labels), tuple(pair[0].tensor.shape[2:]), pair[0].affine)]

@@ -23,7 +23,8 @@ def info(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="Image, label map, displacement field, or folder of 'reglib register'.",
+            help="Image, label map, displacement field, weights (.safetensors), or folder of "
+            "'reglib register'.",
             show_default=False,
         ),
     ],
@@ -32,7 +33,7 @@ def info(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a file holds and where its voxels are.
+    """Say what a file holds and where its voxels are; of weights, what their card says.
 
     The axes are those of the file, in its order: for 'LAS' the first goes to the left, the second
     to the front, the third up. The affine maps voxel indices to millimetres (right, front, up).
@@ -57,7 +58,7 @@ def _text(value: object) -> str:
     if isinstance(value, (list, tuple)):
         texts = [_text(v) for v in value]
         return " ".join(f"{t:>10}" for t in texts) if len(texts) > 3 else "  ".join(texts)
-    return str(value)
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _grid(shape: Sequence[int], affine: Tensor) -> dict[str, Any]:
@@ -68,7 +69,24 @@ def _grid(shape: Sequence[int], affine: Tensor) -> dict[str, Any]:
     return found
 
 
+def _weights(path: Path) -> dict[str, Any]:
+    from reglib.weights import load_weights
+
+    state, card = load_weights(path)
+    types = sorted({str(x.dtype).removeprefix("torch.") for x in state.values()})
+    return {
+        "file": str(path),
+        "kind": "weights",
+        "tensors": len(state),
+        "numbers": sum(x.numel() for x in state.values()),
+        "type": ", ".join(types),
+        **card,
+    }
+
+
 def _file(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        return _weights(path)
     from reglib.data.nifti import read_field, read_image
 
     try:

@@ -636,7 +636,7 @@ def _register(inputs: _Inputs, planned: Plan, device: torch.device, quiet: bool)
     from reglib import registration
 
     def there(image: Image | None) -> Any:
-        return image and dataclasses.replace(image, tensor=image.tensor.to(device))
+        return image and image.to(device)
 
     return registration.register(
         there(inputs.moving),

@@ -105,6 +105,10 @@ class Image:
         """Where the array axes point, to the nearest letter, as ``"RAS"`` or ``"PR"``."""
         return "".join(nib.aff2axcodes(self.affine.numpy(), ("LR", "PA", "IS")))
 
+    def to(self, device: torch.device | str) -> Image:
+        """The same with its tensor on a device; the affine stays where it is."""
+        return Image(self.tensor.to(device), self.affine)
+
     def __repr__(self) -> str:
         sizes = " x ".join(map(str, self.tensor.shape[1:]))
         spacing = " x ".join(f"{s:.4g}" for s in self.spacing)
