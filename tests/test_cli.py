@@ -6,6 +6,7 @@ small and the settings coarse: what is tested is the way of the data, not how we
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import pty
@@ -1137,6 +1138,21 @@ def test_the_default_similarity_may_be_said(name):
     found = [methods.plan(wish, torch.device("cpu")).methods[-1] for wish in wishes]
     assert found[0] == found[1] != found[2]
     assert found[0].similarity.keywords == {"window": 5}
+
+
+def test_the_book_shows_the_help_of_every_command(capsys, monkeypatch):
+    """Each once, and word by word what the program prints."""
+    book = Path(__file__).resolve().parents[1] / "book"
+    monkeypatch.syspath_prepend(str(book))
+    page = importlib.import_module("sphinx_commands")
+    shown = re.findall(r"```\{command-help\} (.+)", (book / "commands.md").read_text())
+    assert shown == list(page.commands())
+    for words in shown:
+        code, out, _ = run(capsys, *words.split(), "--help")
+        assert code == 0
+        assert page.help_of(words).split() == out.split()
+    with pytest.raises(LookupError, match=r"wanted one of register, .*got 'rgister'"):
+        page.help_of("rgister")
 
 
 def test_a_trained_network_is_chosen_by_its_name(tmp_path):
