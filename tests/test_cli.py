@@ -355,6 +355,7 @@ def test_pictures_become_a_picture(digits, tmp_path, capsys):
     code, out, err = run(capsys, "register", tmp_path / "m.png", tmp_path / "f.png", *words)
     assert (code, err) == (0, "")
     assert f"Written: {tmp_path / 'r'}" in out
+    assert "The network was trained on MNIST, 3,500 digits" in out
     warped = np.asarray(PIL.Image.open(tmp_path / "r" / "warped.png"))
     moving, fixed = (torch.from_numpy(p)[None, None].float() for p in digits)
     wanted = register(moving, fixed, load_pretrained()).warped[0, 0].numpy()

@@ -401,6 +401,10 @@ def register_files(
     result.save(folder)
     if not (folder / registration.INVERSE).exists():
         summary.append("No inverse field was written: report.json says why")
+    for method in planned.methods:
+        card = getattr(getattr(method, "network", method), "card", None) or {}
+        if "trained_on" in card:
+            summary.append(f"The network was trained on {card['trained_on']}")
     return Done(result, inputs, measures, summary)
 
 
